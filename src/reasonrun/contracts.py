@@ -1,0 +1,124 @@
+"""The shapes that plug-ins fill: methods, tasks, graders, engines, trainers, trackers.
+
+A plug-in is a module with one class of the right shape, found by name (``star`` is ``reasonrun.methods.star``) or by
+dotted path (``my_package.my_module.MyMethod``). Its nested ``Settings`` class is what a recipe may say about it.
+Importing a plug-in module must be cheap: heavy libraries are imported where they are first used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from reasonrun.generation import Completion, Request
+from reasonrun.records import Checkpoint, Message, Problem, Score
+from reasonrun.settings import Settings
+from reasonrun.training import TrainJob, TrainResult
+
+if TYPE_CHECKING:
+    from reasonrun.lab import Lab
+
+
+class Method(ABC):
+    """A self-training method: one class, whose ``run`` reads like the paper's pseudo-code.
+
+    ``requires`` names the styles and capabilities that the task must offer; ``check`` refuses a pair that lacks one.
+    """
+
+    Settings: ClassVar[type[Settings]]
+    requires: ClassVar[frozenset[str]] = frozenset({"plain"})
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def run(self, lab: Lab) -> Checkpoint:
+        """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""
+
+
+class Grader(Protocol):
+    """Turns a completion into a verdict. Crosses processes, so it is built from plain settings."""
+
+    id: str  # name and version, such as number-1; a change of behaviour bumps the version
+
+    def grade(self, problem: Problem, text: str, *, truncated: bool) -> Score:
+        """Verdict on one completion. Never raises on the policy's text."""
+        ...
+
+
+class Task(ABC):
+    """A source of problems and the way to put and check them.
+
+    ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities (segment,
+    first_error, rubric). ``prompt_version`` is bumped whenever a rendered prompt changes.
+    """
+
+    Settings: ClassVar[type[Settings]]
+    name: ClassVar[str]
+    prompt_version: ClassVar[int] = 1
+    styles: ClassVar[frozenset[str]] = frozenset({"plain"})
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    hint_markers: ClassVar[tuple[str, ...]] = ()  # texts by which a solution shows that it saw the hint
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def problems(self, split: str) -> Sequence[Problem]:
+        """All problems of ``train``, ``dev`` or ``test``, in a fixed order."""
+
+    @abstractmethod
+    def messages(self, problem: Problem, style: str) -> tuple[Message, ...]:
+        """The conversation that asks ``problem`` in ``style``; the last message is the user's."""
+
+    @abstractmethod
+    def grader(self) -> Grader:
+        """The task's own verifier."""
+
+    @abstractmethod
+    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:
+        """A completion in this task's form, right or wrong on purpose, for the scripted engine."""
+
+
+class Engine(Protocol):
+    """Generates completions. Sample ``index`` of a request depends on the request alone, never on the batch."""
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make ``checkpoint`` the model that answers; returns when its weights are in place."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """All completions of all requests, in any order."""
+        ...
+
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probabilities at temperature 1 of each (prompt ids, completion ids), one list per pair."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and processes back."""
+        ...
+
+
+TrainEvents = Callable[[dict[str, Any]], None]
+"""Receives ``{"event": "log", "step": int, ...}`` and ``{"event": "checkpoint", "step": int, "path": str}``."""
+
+
+class Trainer(Protocol):
+    """Executes examples. Knows weights, masks and margins, never methods."""
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        """Run the job; ``final/`` in ``job.out_dir`` is a complete model folder when this returns."""
+        ...
+
+
+class Tracker(Protocol):
+    """Exports metrics somewhere. The metrics file is the record; a tracker may die without harm."""
+
+    def start(self, run_dir: Path, recipe: dict[str, Any]) -> None: ...
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...

@@ -1,0 +1,97 @@
+"""Where models run: inside the supervisor for the scripted engine, in worker processes for every other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from reasonrun import plugins
+from reasonrun.contracts import Task, TrainEvents
+from reasonrun.engines.scripted import Scripted
+from reasonrun.generation import Completion
+from reasonrun.ledger.run_dir import RunDir
+from reasonrun.recipe import ResolvedRecipe
+from reasonrun.records import Checkpoint, Problem
+from reasonrun.rendering import Renderer
+from reasonrun.trainers.scripted import ScriptedTrainer
+from reasonrun.training import TrainJob, TrainResult
+from reasonrun.verbs.context import Unit
+
+if TYPE_CHECKING:
+    from reasonrun.workers.pool import GenerationPool, TrainingWorker
+
+TRAINERS = {"sft": "reasonrun.trainers.sft.SFT"}
+
+
+class InProcessHost:
+    """The scripted engine and trainer, called directly."""
+
+    def __init__(self, engine: Scripted) -> None:
+        self._engine = engine
+        self._trainer = ScriptedTrainer()
+        self.unit_rows = engine.settings.unit_rows
+        self.num_starts = 0
+
+    def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
+        self._engine.load(checkpoint)
+        for number, requests in units:
+            yield number, list(self._engine.generate(requests))
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        return self._trainer.train(job, events)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class WorkerHost:
+    """Worker processes, started when first needed and kept while the launcher says so."""
+
+    def __init__(self, recipe: ResolvedRecipe, run_dir: RunDir, interrupted: Callable[[], bool]) -> None:
+        self._recipe, self._run_dir, self._interrupted = recipe, run_dir, interrupted
+        self._generation: GenerationPool | None = None
+        self._training: dict[str, TrainingWorker] = {}
+        self._loaded = ""
+        self.unit_rows = int(recipe.engine.unit_rows)
+        self._launcher = recipe.classes["launcher"](recipe.launcher)
+
+    def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
+        if self._generation is None:
+            self._generation = self._launcher.generation(
+                recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
+            )
+        if self._loaded != checkpoint.weights:
+            self._generation.load(checkpoint)
+            self._loaded = checkpoint.weights
+        yield from self._generation.generate(units)
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        if job.kind not in self._training:
+            self._training[job.kind] = self._launcher.training(
+                TRAINERS[job.kind], recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
+            )
+        return self._training[job.kind].train(job, events)
+
+    @property
+    def num_starts(self) -> int:
+        """Worker processes started so far."""
+        pools = [*self._training.values(), *([self._generation] if self._generation else [])]
+        return sum(pool.num_starts for pool in pools)
+
+    def close(self) -> None:
+        for pool in [*self._training.values(), *([self._generation] if self._generation else [])]:
+            pool.close()
+
+
+def scripted_host(
+    settings: Scripted.Settings, task: Task, problems: dict[str, Problem], renderer: Renderer
+) -> InProcessHost:
+    """The scripted engine, told what a model would know."""
+    engine = Scripted(settings)
+    engine.attach(task, problems.__getitem__, renderer)
+    return InProcessHost(engine)
+
+
+def engine_is_scripted(recipe: ResolvedRecipe) -> bool:
+    """Whether the recipe runs without worker processes."""
+    return plugins.find("engines", recipe.engine.name) is Scripted

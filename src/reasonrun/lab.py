@@ -1,0 +1,255 @@
+"""The ``Lab``: the verbs that a method calls. Each verb is a durable step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from reasonrun.contracts import Grader, Task
+from reasonrun.errors import RecipeError, RunFailed
+from reasonrun.ledger.steps import OpenStep
+from reasonrun.randomness import derive_seed
+from reasonrun.records import Checkpoint, Problem, Sampling, digest
+from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet, RolloutSet
+from reasonrun.settings import semantic
+from reasonrun.training import OptimizerSettings, TrainKind
+from reasonrun.verbs.context import Context
+from reasonrun.verbs.curating import CurateJob, Curation, curate
+from reasonrun.verbs.evaluating import Evaluation, evaluate
+from reasonrun.verbs.grading import grade
+from reasonrun.verbs.sampling import Ask, SampleJob, sample
+from reasonrun.verbs.training import TrainRequest, train
+
+
+class Lab:
+    """What a method works with. Steps are named by scope and ``name=``; two steps of one name are an error."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._scopes: list[str] = []
+        self._names: set[str] = set()
+        self.evaluations: list[Evaluation] = []
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Checkpoint:
+        """The policy that the recipe starts from."""
+        return self._context.base
+
+    @property
+    def task(self) -> Task:
+        return self._context.task
+
+    @property
+    def seed(self) -> int:
+        """The run seed."""
+        return self._context.seed
+
+    def rng(self, name: str) -> random.Random:
+        """A generator of its own for ``name`` in the current scope: the only randomness a method may use."""
+        return random.Random(derive_seed("method", self.seed, self._full(name)))
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """Numbers 1 to ``count``; steps inside are named ``round-001/…``."""
+        for number in range(1, count + 1):
+            with self.scope(f"round-{number:03d}"):
+                yield number
+
+    @contextmanager
+    def scope(self, name: str, **labels: Any) -> Iterator[None]:
+        """Prefix the names of the steps inside: ``lab.scope("probe", T=0.5)`` gives ``probe-T=0.5/…``."""
+        self._scopes.append("-".join([name, *(f"{key}={value}" for key, value in sorted(labels.items()))]))
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    # -- verbs ---------------------------------------------------------------------------------------------------
+
+    def problems(self, split: str) -> ProblemSet:
+        """All problems of a split, committed once for the whole run, so that later changes of a file are noticed."""
+        context, name = self._context, f"problems/{split}"
+        problems = list(context.task.problems(split))
+        if not problems:
+            raise RecipeError(f"task {context.task.name}: split {split} is empty", hint="check the filters of task.*")
+        extent = Extent.of(len(problems))
+        problems = problems[: context.max_problems]
+        fingerprint = {
+            "verb": "problems",
+            "task": semantic(context.task.config),
+            "problems": digest([[problem.id, problem.reference] for problem in problems]),
+        }
+        step = context.open_step(name, fingerprint)
+        if isinstance(step, OpenStep):
+            step.seal_table("rows", Problem, iter(problems))
+            step = step.commit({"num_problems": len(problems)})
+            context.record(step, "problems", new=True)
+        context.problems_by_id.update({problem.id: problem for problem in problems})
+        return ProblemSet(problems=problems, step=name, extent=extent)
+
+    def sample(
+        self,
+        policy: Checkpoint,
+        source: ProblemSet | RolloutSet,
+        *,
+        n: int,
+        sampling: Sampling,
+        style: str = "plain",
+        turn: str | None = None,
+        name: str = "sample",
+        seed_parts: tuple[str | int, ...] | None = None,
+    ) -> RolloutSet:
+        """``n`` completions per problem in a style, or per rollout as its next turn.
+
+        Args:
+            policy: the model that answers.
+            source: problems, or rollouts to go on from; a rollout's children carry its id as ``parent_id``.
+            n: completions per prompt.
+            sampling: temperature, filters, length, stop strings.
+            style: the task's prompt style (problems only).
+            turn: the user's next message (rollouts only); the earlier ids are kept as they are.
+            name: the step's name within the scope.
+            seed_parts: start of the request seeds; the run seed and the step's name unless given.
+
+        Raises:
+            RecipeError: a prompt does not fit into the context, or ``turn`` is missing for rollouts.
+        """
+        full = self._claim(name)
+        problems = source if isinstance(source, ProblemSet) else source.problems
+        job = SampleJob(
+            name=full,
+            policy=policy,
+            asks=self._asks(source, style, turn),
+            kind=style if turn is None else "turn",
+            n=n,
+            sampling=sampling,
+            seed_parts=seed_parts or (self.seed, full),
+            problems=problems,
+            inputs=(source.step, *([policy.step] if policy.step else [])),
+            extent=source.extent,
+        )
+        return sample(self._context, job)
+
+    def _asks(self, source: ProblemSet | RolloutSet, style: str, turn: str | None) -> Sequence[Ask]:
+        context = self._context
+        if isinstance(source, ProblemSet):
+            asks = []
+            for problem in source:
+                messages, ids = context.prompt(problem, style)
+                asks.append(Ask(problem=problem, messages=messages, prompt_ids=ids))
+            return asks
+        if turn is None:
+            raise RecipeError("sample from rollouts needs turn=, the user's next message")
+        return [
+            Ask(
+                problem=context.problems_by_id[rollout.problem_id],
+                messages=context.renderer.next_messages(rollout.messages, rollout.text, turn),
+                prompt_ids=context.renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, turn),
+                parent_id=rollout.id,
+            )
+            for rollout in source
+        ]
+
+    def grade(self, rollouts: RolloutSet, *, grader: Grader | None = None, name: str = "grade") -> GradedSet:
+        """A score for every rollout, by the task's verifier unless another grader is given."""
+        return grade(self._context, self._claim(name), rollouts, grader or self._context.grader)
+
+    def curate(self, function: Curation, *sets: GradedSet, name: str | None = None, **params: Any) -> ExampleSet:
+        """Examples from graded rollouts by a pure function of one problem's rows (``curate/group.py``).
+
+        The only way rows reach ``train``. Raises RecipeError for functions that cannot be named across processes.
+        """
+        full = self._claim(name or function.__name__)
+        return curate(self._context, CurateJob(name=full, function=function, sets=sets, params=params))
+
+    def train(
+        self,
+        kind: TrainKind,
+        rows: ExampleSet | Sequence[ExampleSet],
+        *,
+        start: Checkpoint,
+        settings: OptimizerSettings,
+        num_steps: int,
+        reference: Checkpoint | None = None,
+        carry_optimizer: bool = False,
+        keep_optimizer: bool = False,
+        name: str = "train",
+    ) -> Checkpoint:
+        """A new checkpoint: ``num_steps`` optimizer steps from ``start`` on ``rows``.
+
+        Args:
+            kind: the trainer.
+            rows: one set of examples or several, in order.
+            start: the weights to begin with.
+            settings: optimizer, schedule, batch; nothing is read from the recipe.
+            num_steps: optimizer steps.
+            reference: the frozen model of losses that need one.
+            carry_optimizer: go on with the optimizer state of ``start``, which must have been kept.
+            keep_optimizer: keep the optimizer state for a later ``carry_optimizer``.
+            name: the step's name within the scope.
+
+        Raises:
+            Finding: all sets are empty.
+            RunFailed: ``carry_optimizer`` without a kept state, a non-finite loss, a trainer that keeps dying.
+        """
+        if carry_optimizer and start.optimizer_path is None:
+            raise RunFailed(f"step {self._full(name)}: carry_optimizer needs a start made with keep_optimizer=True")
+        request = TrainRequest(
+            name=self._claim(name),
+            kind=kind,
+            rows=[rows] if isinstance(rows, ExampleSet) else list(rows),
+            start=start,
+            reference=reference,
+            settings=settings,
+            num_steps=num_steps,
+            carry_optimizer=carry_optimizer,
+            keep_optimizer=keep_optimizer,
+        )
+        return train(self._context, request)
+
+    def evaluate(self, policy: Checkpoint, *, split: str = "dev", name: str = "evaluate") -> Evaluation:
+        """Accuracy of ``policy`` on a split, as ``evaluate`` of the recipe says. Dev in rounds; test once, at the end."""
+        settings, full = self._context.recipe.evaluate, self._claim(name)
+        problems = self._evaluation_problems(split)
+
+        def part(kind: str, n: int, sampling: Sampling) -> GradedSet:
+            rollouts = self.sample(
+                policy,
+                problems,
+                n=n,
+                sampling=sampling,
+                style=settings.style,
+                name=f"{name}/{kind}",
+                seed_parts=("evaluate", settings.seed, kind),
+            )
+            return self.grade(rollouts, name=f"{name}/grade-{kind}")
+
+        outcome = evaluate(self._context, full, policy, problems, split, part, self._max_new_tokens())
+        self.evaluations.append(outcome)
+        return outcome
+
+    def _evaluation_problems(self, split: str) -> ProblemSet:
+        whole = self.problems(split)
+        limit = self._context.recipe.evaluate.num_problems
+        if not limit or limit >= whole.extent.expected:
+            return whole
+        return ProblemSet(problems=whole.problems[:limit], step=whole.step, extent=Extent.of(limit))
+
+    def _max_new_tokens(self) -> int:
+        recipe = self._context.recipe
+        return int(recipe.evaluate.max_new_tokens or getattr(recipe.method, "max_new_tokens", 256))
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def _full(self, name: str) -> str:
+        return "/".join([*self._scopes, name])
+
+    def _claim(self, name: str) -> str:
+        full = self._full(name)
+        if full in self._names:
+            raise RecipeError(f"two steps are named {full}", hint="give one of them name=, or put it into lab.scope(…)")
+        self._names.add(full)
+        return full

@@ -1,0 +1,185 @@
+"""The records that every step reads and writes: frozen, keyword-only, JSON round trip.
+
+Token ids are stored, never text that would be tokenised again. Log-probabilities are natural logarithms, one per
+token. Digests are lower-case hex SHA-256, cut to 32 characters where they serve as keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Role = Literal["system", "user", "assistant", "tool"]
+Source = Literal["prompt", "model", "hint", "teacher", "tool", "env", "gold"]
+FinishReason = Literal["stop", "length", "stop_string"]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``, cut to 32 hex characters (128 bits)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Record(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One chat message."""
+
+    role: Role
+    content: str
+
+
+class Problem(Record):
+    """One item to solve. ``id`` is a hash of its content, so equal problems have equal ids in every split."""
+
+    id: str
+    task: str
+    split: str
+    messages: tuple[Message, ...]  # the bare question, before any style is applied
+    reference: str  # the gold answer, in the form that the task's grader reads
+    meta: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Segment(Record):
+    """A run of token ids with one origin.
+
+    ``loss`` says whether these tokens are learnt; ``weight`` scales their loss (may be negative); ``step`` numbers the
+    reasoning step from 1, 0 when the text is not segmented.
+    """
+
+    token_ids: tuple[int, ...]
+    src: Source
+    loss: bool
+    weight: float = 1.0
+    step: int = 0
+
+
+class Sampling(Record):
+    """How a completion was drawn. Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch the filters off."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(256, ge=1)
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+
+class Rollout(Record):
+    """One sampled completion.
+
+    ``id`` is the row key: the request key, a dash, the sample index. ``parent_id`` names the rollout that this one
+    continues, corrects or retries. ``prompt_ids`` are the rendered ids that the engine saw; ``segments`` hold what
+    came after them, the end-of-sequence token included when the model produced it.
+    """
+
+    id: str
+    problem_id: str
+    index: int
+    parent_id: str | None = None
+    kind: str  # the style or turn that produced it: plain, few_shot, hinted, continuation, turn-2 …
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    text: str  # decoded completion without special tokens
+    finish_reason: FinishReason
+    logps: tuple[float, ...] | None = None  # one per completion token, under the sampling policy at temperature 1
+    policy: str  # digest of the weights
+    sampling: Sampling
+    seed: int
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]:
+        """All ids after the prompt."""
+        return tuple(i for segment in self.segments for i in segment.token_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+class Score(Record):
+    """A grader's verdict on one rollout.
+
+    ``value`` is None only when the *grader* failed (deadline, crash, unreadable reference). A policy's failure
+    (truncated, no answer, unparseable) is 0.0 with its reason.
+    """
+
+    value: float | None
+    answer: str | None = None
+    reason: str  # correct, wrong, no_answer, truncated, unparseable, deadline, crash, unreadable_reference …
+    grader: str  # grader id with version, such as number-1
+
+    @property
+    def correct(self) -> bool:
+        return self.value is not None and self.value >= 1.0
+
+
+class Graded(Record):
+    """A rollout with its score."""
+
+    rollout: Rollout
+    score: Score
+
+    @property
+    def correct(self) -> bool:
+        return self.score.correct
+
+
+class SFTExample(Record):
+    """A sequence to imitate: segments in order, those with ``loss`` are learnt, ``weight`` scales the whole example."""
+
+    kind: Literal["sft"] = "sft"
+    problem_id: str
+    rollout_ids: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    weight: float = 1.0
+    source: str = "self"  # self, hinted, gold …: counted in the round table
+
+
+class PreferenceExample(Record):
+    """Two continuations of one prefix. Ids are used as they are: nothing is appended."""
+
+    kind: Literal["preference"] = "preference"
+    problem_id: str
+    rollout_ids: tuple[str, ...]
+    prefix_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    weight: float = 1.0
+    margin: float = 0.0
+    smoothing: float = 0.0
+    win_probability: float = 1.0
+    source: str = "self"
+
+
+Example = SFTExample | PreferenceExample
+
+
+class LeftOut(Record):
+    """A row that curation did not use, and why."""
+
+    rollout_id: str
+    reason: str
+
+
+class Checkpoint(Record):
+    """A model on disk.
+
+    ``weights`` is the digest of the weights, ``tokenizer`` that of tokenizer and chat template together. ``step``
+    names the durable step that made it (empty for a model that the run started from).
+    """
+
+    path: str
+    weights: str
+    tokenizer: str
+    parent: str | None = None
+    step: str = ""
+    optimizer_path: str | None = None

@@ -1,0 +1,202 @@
+"""One run from recipe to result: open the directory, call the method, measure, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reasonrun.code_digest import code_digests
+from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
+from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
+from reasonrun.lab import Lab
+from reasonrun.ledger.run_dir import RunDir
+from reasonrun.models import resolve
+from reasonrun.recipe import FieldChange, ResolvedRecipe, diff
+from reasonrun.records import Checkpoint, Problem
+from reasonrun.rendering import Renderer
+from reasonrun.settings import Effect
+from reasonrun.verbs.context import Context, Progress
+from reasonrun.verbs.evaluating import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the command line adds to a recipe; none of it changes the experiment."""
+
+    directory: Path
+    command: str = "reasonrun train"
+    redo: str | None = None
+    prune: bool = False
+    accept_code: bool = False
+    interrupted: Callable[[], bool] = lambda: False
+    stop_exit_code: Callable[[], int] = lambda: 75
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """How a run ended: its directory, its result, the metrics of every step, and whether any work was done."""
+
+    directory: Path
+    result: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    already_finished: bool = False
+
+
+def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outcome:
+    """Run the recipe in ``options.directory``, or continue what is there.
+
+    Raises:
+        RunConflict: another process owns the directory, or recipe or code changed under the run.
+        Finding: the experiment ended without a model worth keeping; what was committed stays.
+        Stopped: a signal arrived; the same command continues.
+    """
+    with RunDir.open(
+        options.directory,
+        identity={"recipe": recipe.resolved},
+        command=options.command,
+        code=code_digests(recipe.classes["method"]),
+    ) as run_dir:
+        if run_dir.finished is not None:
+            _refuse_other_recipe(run_dir, recipe)
+            return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
+        if options.redo:
+            run_dir.redo(options.redo)
+        run_dir.pending_changes = _describe(_changes(run_dir, recipe, progress))
+        context = make_context(recipe, run_dir, progress, options)
+        try:
+            return _run(context, recipe, options)
+        finally:
+            context.host.close()
+
+
+def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, options: RunOptions) -> Context:
+    """Everything that the verbs need for one attempt."""
+    task = recipe.classes["task"](recipe.task)
+    base = resolve(recipe.model)
+    renderer = Renderer.load(Path(base.path))
+    problems: dict[str, Problem] = {}
+
+    def check_stop() -> None:
+        if options.interrupted():
+            raise Stopped(
+                f"stopped; what is committed in {options.directory} is safe",
+                exit_code=options.stop_exit_code(),
+                hint="the same command continues this run",
+            )
+
+    if engine_is_scripted(recipe):
+        host: Any = scripted_host(recipe.engine, task, problems, renderer)
+    else:
+        host = WorkerHost(recipe, run_dir, options.interrupted)
+    return Context(
+        run_dir=run_dir,
+        recipe=recipe,
+        task=task,
+        grader=task.grader(),
+        renderer=renderer,
+        base=base,
+        host=host,
+        progress=progress,
+        check_stop=check_stop,
+        code_changed=run_dir.code_changed and not options.accept_code,
+        problems_by_id=problems,
+        on_row=options.on_row,
+    )
+
+
+def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outcome:
+    lab = Lab(context)
+    method = recipe.classes["method"](recipe.method)
+    try:
+        last = method.run(lab)
+        result = conclude(lab, last)
+    except Finding as finding:
+        finding.hint = "\n  ".join(filter(None, [finding.hint, _best_so_far(lab)]))
+        raise
+    run_dir = context.run_dir
+    unreached = run_dir.unreached()
+    if unreached and options.prune:
+        run_dir.prune(unreached)
+    elif unreached:
+        context.progress.say(
+            f"{len(unreached)} committed steps are not part of this recipe any more and are left out of every report:"
+            f" {', '.join(sorted(unreached)[:5])}. --prune moves them to quarantine"
+        )
+    run_dir.write_projection("metrics.jsonl", context.rows)
+    run_dir.finish(result)
+    return Outcome(directory=run_dir.path, result=result, rows=context.rows)
+
+
+def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
+    """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
+    with lab.scope("final"):
+        lab.evaluate(last)
+        dev = list(lab.evaluations)
+        best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
+        chosen = {"base": lab.base, "last": last, "best": best.policy}
+        tests: dict[str, Evaluation] = {}
+        for name, policy in chosen.items():
+            twin = next((e for e in tests.values() if e.policy.weights == policy.weights), None)
+            tests[name] = twin or lab.evaluate(policy, split="test", name=f"test-{name}")
+    return {
+        "last": _checkpoint(last),
+        "best": _checkpoint(best.policy),
+        "selected_by": best.step,
+        "test": {name: evaluation.metrics for name, evaluation in tests.items()},
+    }
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"step": checkpoint.step or "base", "weights": checkpoint.weights}
+
+
+def _best_so_far(lab: Lab) -> str:
+    if not lab.evaluations:
+        return ""
+    best = max(lab.evaluations, key=lambda evaluation: evaluation.headline)
+    where = best.policy.path if best.policy.step else "the base model"
+    return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
+
+
+def _changes(run_dir: RunDir, recipe: ResolvedRecipe, progress: Progress) -> list[FieldChange]:
+    """Recipe fields that differ from the run's. Free ones are noted; semantic ones stop at the first step to work on."""
+    changes = diff(run_dir.identity["recipe"], recipe)
+    shrunk = [c for c in changes if c.effect is Effect.HORIZON and _smaller(c)]
+    semantic = [c for c in changes if c.effect is Effect.SEMANTIC]
+    for change in changes:
+        if change.effect is Effect.NUMERIC:
+            progress.say(f"{change.path}: {change.old} -> {change.new}; results are no longer comparable bit for bit")
+    return semantic + shrunk
+
+
+def _smaller(change: FieldChange) -> bool:
+    return isinstance(change.old, int) and isinstance(change.new, int) and change.new < change.old
+
+
+def _describe(changes: list[FieldChange]) -> list[str]:
+    return [f"{change.path}: {change.old!r} -> {change.new!r} ({change.effect})" for change in changes]
+
+
+def _refuse_other_recipe(run_dir: RunDir, recipe: ResolvedRecipe) -> None:
+    changes = [c for c in diff(run_dir.identity["recipe"], recipe) if c.effect in (Effect.SEMANTIC, Effect.HORIZON)]
+    if changes:
+        lines = "\n  ".join(_describe(changes)[:10])
+        raise RunConflict(
+            f"{run_dir.path} holds a finished run of another recipe:\n  {lines}",
+            hint="give this one a directory of its own with --run NEW, or revert the change",
+        )
+
+
+def run_directory(recipe: ResolvedRecipe, given: Path | None) -> Path:
+    """``--run DIR``, or ``runs/<recipe>[-<override slug>]`` under the current folder."""
+    if given is not None:
+        if given.exists() and not given.is_dir():
+            raise RecipeError(f"--run {given}: that is a file", hint="name a folder")
+        return given
+    name = recipe.name if not recipe.slug else f"{recipe.name}-{recipe.slug}"
+    return Path("runs") / name
+
+

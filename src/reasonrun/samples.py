@@ -1,0 +1,166 @@
+"""The sets that verbs take and return: problems, rollouts, graded rollouts, examples.
+
+Every set knows the step that committed it and a digest of its content, which is what fingerprints are made of. In a
+rehearsal it also carries an ``Extent``: how large it will be in the real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from reasonrun.records import Example, Graded, Problem, Rollout, Score, digest
+from reasonrun.sets import Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extent:
+    """Size of a set in the real run: expected and worst case; ``exact`` when it does not depend on data."""
+
+    expected: float
+    worst: float
+    exact: bool = True
+
+    @classmethod
+    def of(cls, size: int) -> Extent:
+        return cls(expected=size, worst=size)
+
+    def times(self, factor: float) -> Extent:
+        return Extent(expected=self.expected * factor, worst=self.worst * factor, exact=self.exact)
+
+    def share(self, share: float) -> Extent:
+        """A part of this set whose size depends on data: ``share`` of it is expected, all of it is possible."""
+        return Extent(expected=self.expected * share, worst=self.worst, exact=False)
+
+    def plus(self, other: Extent) -> Extent:
+        return Extent(
+            expected=self.expected + other.expected, worst=self.worst + other.worst, exact=self.exact and other.exact
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSet:
+    """Problems in a fixed order."""
+
+    problems: Sequence[Problem]
+    step: str
+    extent: Extent
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self.problems)
+
+    @property
+    def digest(self) -> str:
+        return digest([problem.id for problem in self.problems])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSet:
+    """Rollouts ordered by problem, then parent, then sample index."""
+
+    rows: Rows[Rollout]
+    problems: ProblemSet
+    step: str
+    extent: Extent
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.rows)
+
+    @property
+    def digest(self) -> str:
+        return digest(list(self.rows.ids()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedSet:
+    """Rollouts with one score each, in the same order."""
+
+    rollouts: RolloutSet
+    scores: Rows[Score]
+    step: str
+    extent: Extent
+    _starts: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def problems(self) -> ProblemSet:
+        return self.rollouts.problems
+
+    @property
+    def digest(self) -> str:
+        values = [None if np.isnan(value) else float(value) for value in self.values]
+        return digest([self.rollouts.digest, values])
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        """Scores per rollout; NaN where the grader could not tell."""
+        return np.array([np.nan if v is None else v for v in self.scores.column("value")], dtype=np.float64)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the rollouts that are right; ungraded ones count as wrong."""
+        return float(np.mean(self.values >= 1.0)) if len(self) else 0.0
+
+    def of_problem(self, problem_id: str) -> list[Graded]:
+        """The rows of one problem, in order; empty when it was not sampled."""
+        start, stop = self._spans().get(problem_id, (0, 0))
+        return [
+            Graded.model_construct(rollout=self.rollouts.rows[i], score=self.scores[i]) for i in range(start, stop)
+        ]
+
+    def unsolved(self) -> ProblemSet:
+        """The problems of which no rollout is right. Problems with nothing but ungraded rows are not among them."""
+        values, spans = self.values, self._spans()
+        failed = []
+        for problem in self.problems:
+            start, stop = spans.get(problem.id, (0, 0))
+            verdicts = values[start:stop]
+            verdicts = verdicts[~np.isnan(verdicts)]
+            if len(verdicts) and not (verdicts >= 1.0).any():
+                failed.append(problem)
+        return self._subset(failed)
+
+    def no_problems(self) -> ProblemSet:
+        """The empty subset, for a method that skips a phase."""
+        return ProblemSet(problems=(), step=self.problems.step, extent=Extent.of(0))
+
+    def _subset(self, problems: Sequence[Problem]) -> ProblemSet:
+        share = len(problems) / len(self.problems) if len(self.problems) else 0.0
+        return ProblemSet(problems=problems, step=self.step, extent=self.problems.extent.share(share))
+
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        if not self._starts and len(self):
+            ids = self.rollouts.rows.column("problem_id")
+            start = 0
+            for position in range(1, len(ids) + 1):
+                if position == len(ids) or ids[position] != ids[start]:
+                    self._starts[str(ids[start])] = (start, position)
+                    start = position
+        return self._starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSet:
+    """What a curation kept, in order, with the counts of what it left out by reason."""
+
+    rows: Rows[Example]
+    paths: tuple[str, ...]
+    left_out: dict[str, int]
+    step: str
+    digest: str
+    extent: Extent
+    sources: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)

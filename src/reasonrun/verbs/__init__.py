@@ -1,0 +1,1 @@
+"""The durable steps behind ``Lab``'s verbs, one module per verb."""

@@ -1,0 +1,119 @@
+"""What every verb works with: the run directory, the recipe, the task, and where models run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from reasonrun.contracts import Grader, Task, TrainEvents
+from reasonrun.generation import Completion, Request
+from reasonrun.ledger.run_dir import RunDir
+from reasonrun.ledger.steps import Committed, OpenStep
+from reasonrun.records import Checkpoint, Message, Problem
+from reasonrun.recipe import ResolvedRecipe
+from reasonrun.rendering import Renderer
+from reasonrun.samples import Extent
+from reasonrun.training import TrainJob, TrainResult
+
+Unit = tuple[int, Sequence[Request]]
+
+
+class Host(Protocol):
+    """Where models run: inside the supervisor (scripted) or in worker processes."""
+
+    unit_rows: int
+
+    def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]: ...
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult: ...
+
+    def close(self) -> None: ...
+
+
+class Progress(Protocol):
+    """Shows what happens. Never decides anything."""
+
+    def begin(self, step: str, total: int, done: int) -> None: ...
+
+    def advance(self, step: str, amount: int, note: str = "") -> None: ...
+
+    def end(self, step: str, summary: str) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStep:
+    """One step of a plan. Units are requests, rollouts, examples or optimizer steps, as ``unit`` says."""
+
+    step: str
+    verb: str
+    unit: str
+    units: Extent
+    tokens: Extent  # generated or trained
+    disk_bytes: Extent
+
+
+@dataclass(kw_only=True)
+class Context:
+    """State of one attempt. ``planned`` is a list in a rehearsal and None in a run."""
+
+    run_dir: RunDir
+    recipe: ResolvedRecipe
+    task: Task
+    grader: Grader
+    renderer: Renderer
+    base: Checkpoint
+    host: Host
+    progress: Progress
+    check_stop: Callable[[], None]
+    code_changed: bool = False
+    planned: list[PlannedStep] | None = None
+    max_problems: int | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None
+    problems_by_id: dict[str, Problem] = field(default_factory=dict)
+    seconds_in_host: float = 0.0
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe.seed)
+
+    @property
+    def attempt_dir(self) -> Path:
+        return self.run_dir.attempt_dir
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.run_dir.path / "derived"
+
+    def open_step(self, name: str, fingerprint: dict[str, Any]) -> Committed | OpenStep:
+        """The committed step of that name, or the open one to work on; raises RunConflict when they differ."""
+        self.check_stop()
+        return self.run_dir.step(name, fingerprint)
+
+    def record(self, committed: Committed, verb: str, *, new: bool) -> None:
+        """Add the step's line to the metrics record; a new commit also writes it to disk."""
+        row = {"step": committed.name, "verb": verb, **committed.result}
+        self.rows.append(row)
+        if new:
+            self.run_dir.write_projection("metrics.jsonl", self.rows)
+        self.on_row(row)
+
+    def prompt(self, problem: Problem, style: str) -> tuple[tuple[Message, ...], tuple[int, ...]]:
+        """The conversation that asks ``problem`` in ``style``, and its rendered ids."""
+        messages = self.task.messages(problem, style)
+        return messages, self.renderer.render(messages)
+
+    @contextmanager
+    def timed(self, step: str, verb: str) -> Iterator[None]:
+        """Note the seconds that this attempt spent on a step; they never enter the step itself."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.run_dir.note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})

@@ -1,0 +1,181 @@
+"""``train``: one job for a trainer, committed with its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasonrun.errors import Finding
+from reasonrun.ledger.steps import Committed, OpenStep
+from reasonrun.models import weights_digest
+from reasonrun.randomness import derive_seed
+from reasonrun.records import Checkpoint
+from reasonrun.samples import ExampleSet, Extent
+from reasonrun.settings import semantic
+from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
+from reasonrun.verbs.context import Context, PlannedStep
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRequest:
+    """A training step as the method asked for it."""
+
+    name: str
+    kind: TrainKind
+    rows: Sequence[ExampleSet]
+    start: Checkpoint
+    reference: Checkpoint | None
+    settings: OptimizerSettings
+    num_steps: int
+    carry_optimizer: bool
+    keep_optimizer: bool
+
+
+def train(ctx: Context, request: TrainRequest) -> Checkpoint:
+    """Run or replay one training step.
+
+    Raises:
+        Finding: there is nothing to train on; the evidence counts the rows left out, by reason.
+        RunFailed: the trainer met a non-finite loss or died again and again.
+    """
+    _refuse_empty(request)
+    _plan(ctx, request)
+    seed = derive_seed("train", ctx.seed, request.name)
+    fingerprint = {
+        "verb": "train",
+        "kind": request.kind,
+        "rows": [rows.digest for rows in request.rows],
+        "start": request.start.weights,
+        "reference": request.reference.weights if request.reference else None,
+        "optimizer_of": request.start.step if request.carry_optimizer else None,
+        "settings": semantic(request.settings),
+        "num_steps": request.num_steps,
+        "seed": seed,
+        "inputs": [*(rows.step for rows in request.rows), *([request.start.step] if request.start.step else [])],
+    }
+    step = ctx.open_step(request.name, fingerprint)
+    new = isinstance(step, OpenStep)
+    if isinstance(step, OpenStep):
+        with ctx.timed(request.name, "train"):
+            step = _train(ctx, request, step, seed)
+    ctx.record(step, "train", new=new)
+    model = step.folder("model")
+    return Checkpoint(
+        path=str(model),
+        weights=step.result["weights"],
+        tokenizer=request.start.tokenizer,
+        parent=request.start.weights,
+        step=request.name,
+        optimizer_path=str(step.folder("optimizer")) if request.keep_optimizer else None,
+    )
+
+
+def _refuse_empty(request: TrainRequest) -> None:
+    if any(len(rows) for rows in request.rows):
+        return
+    evidence: Counter[str] = Counter()
+    for rows in request.rows:
+        evidence.update(rows.left_out)
+    raise Finding(
+        f"step {request.name}: nothing to learn from. Of {sum(evidence.values())} rows none was kept",
+        evidence=dict(evidence),
+        hint="the same command says this again without work; sample more (num_samples, temperature), make the task"
+        " easier, or start from a stronger model",
+    )
+
+
+def _plan(ctx: Context, request: TrainRequest) -> None:
+    if ctx.planned is None:
+        return
+    tokens = Extent.of(0)
+    for rows in request.rows:
+        mean = sum(len(s.token_ids) for row in rows.rows for s in row.segments) / max(1, len(rows))  # type: ignore[union-attr]
+        tokens = tokens.plus(Extent.of(int(mean * request.settings.batch_size * request.num_steps / len(request.rows))))
+    size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
+    ctx.planned.append(
+        PlannedStep(
+            step=request.name,
+            verb="train",
+            unit="optimizer steps",
+            units=Extent.of(request.num_steps),
+            tokens=Extent(expected=tokens.expected, worst=tokens.worst, exact=False),
+            disk_bytes=Extent.of(size * (3 if request.keep_optimizer else 1)),
+        )
+    )
+
+
+def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Committed:
+    out_dir = ctx.attempt_dir / "train" / request.name
+    shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True)
+    resume = step.latest_checkpoint()
+    first = resume[1] if resume else 0
+    job = TrainJob(
+        kind=request.kind,
+        rows=tuple(path for rows in request.rows for path in rows.paths),
+        start=request.start,
+        reference=request.reference,
+        carry_optimizer=request.carry_optimizer,
+        settings=request.settings.model_dump(mode="json"),
+        num_steps=request.num_steps,
+        seed=seed,
+        out_dir=str(out_dir),
+        resume_from=str(resume[0]) if resume else None,
+    )
+    ctx.progress.begin(request.name, request.num_steps, first)
+    curve = _Curve(ctx, step, request.name, request.num_steps)
+    outcome = ctx.host.train(job, curve.receive)
+    curve.commit()
+    return _seal(ctx, request, step, out_dir, outcome)
+
+
+class _Curve:
+    """The log lines of a training step, committed with the checkpoint that covers them: a rerun of uncommitted steps
+    on a device that is not deterministic must not contradict them."""
+
+    def __init__(self, ctx: Context, step: OpenStep, name: str, num_steps: int) -> None:
+        self._ctx, self._step, self._name = ctx, step, name
+        self._wal = step.wal("curve", size=num_steps + 1)
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+
+    def receive(self, event: dict[str, Any]) -> None:
+        if event["event"] == "log":
+            line = {key: value for key, value in event.items() if key != "event"}
+            self._waiting.append((int(event["step"]), line))
+            self._ctx.progress.advance(self._name, 1, note=f"loss {event['loss']:.4f}")
+        elif event["event"] == "checkpoint":
+            self.commit()
+            self._step.adopt_checkpoint(Path(event["path"]), int(event["step"]))
+        elif event["event"] == "note":
+            self._ctx.progress.say(f"{self._name}: {event['text']}")
+        self._ctx.check_stop()
+
+    def commit(self) -> None:
+        self._wal.append(self._waiting)
+        self._wal.flush()
+        self._waiting = []
+
+
+def _seal(ctx: Context, request: TrainRequest, step: OpenStep, out_dir: Path, outcome: TrainResult) -> Committed:
+    curve = step.wal("curve", size=request.num_steps + 1)
+    step.put_json("curve.json", [curve.read(number) for number in range(request.num_steps + 1) if curve.done[number]])
+    weights = weights_digest(out_dir / "final")
+    step.adopt_folder(out_dir / "final", "model")
+    for extra in ("adapter", *(["optimizer"] if request.keep_optimizer else [])):
+        if (out_dir / extra).is_dir():
+            step.adopt_folder(out_dir / extra, extra)
+    result = {
+        "weights": weights,
+        "num_steps": outcome.num_steps,
+        "num_examples": sum(len(rows) for rows in request.rows),
+        "num_tokens": outcome.num_tokens,
+        "num_padded_tokens": outcome.num_padded_tokens,
+        **{key: float(value) for key, value in sorted(outcome.metrics.items())},
+    }
+    committed = step.commit(result)
+    ctx.progress.end(request.name, f"{outcome.num_steps} steps, loss {outcome.metrics.get('loss', float('nan')):.4f}")
+    return committed
