@@ -29,6 +29,7 @@ class Method(ABC):
 
     Settings: ClassVar[type[Settings]]
     requires: ClassVar[frozenset[str]] = frozenset({"plain"})
+    trains: ClassVar[bool] = True  # False: there is no last policy to measure when run returns
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -76,6 +77,10 @@ class Task(ABC):
     @abstractmethod
     def grader(self) -> Grader:
         """The task's own verifier."""
+
+    @abstractmethod
+    def direct_answer(self, problem: Problem) -> str:
+        """The gold answer alone, in the form that the grader reads: what direct fine-tuning learns."""
 
     @abstractmethod
     def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:

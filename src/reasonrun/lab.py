@@ -157,8 +157,9 @@ class Lab:
         """A score for every rollout, by the task's verifier unless another grader is given."""
         return grade(self._context, self._claim(name), rollouts, grader or self._context.grader)
 
-    def curate(self, function: Curation, *sets: GradedSet, name: str | None = None, **params: Any) -> ExampleSet:
-        """Examples from graded rollouts by a pure function of one problem's rows (``curate/group.py``).
+    def curate(self, function: Curation, *sets: GradedSet | ProblemSet, name: str | None = None, **params: Any) -> ExampleSet:
+        """Examples from graded rollouts, or from problems alone, by a pure function of one problem's rows
+        (``curate/group.py``).
 
         The only way rows reach ``train``. Raises RecipeError for functions that cannot be named across processes.
         """

@@ -112,7 +112,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     method = recipe.classes["method"](recipe.method)
     try:
         last = method.run(lab)
-        result = conclude(lab, last)
+        result = conclude(lab, last) if method.trains else measured(lab)
     except Finding as finding:
         finding.hint = "\n  ".join(filter(None, [finding.hint, _best_so_far(lab)]))
         raise
@@ -147,6 +147,12 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
         "selected_by": best.step,
         "test": {name: evaluation.metrics for name, evaluation in tests.items()},
     }
+
+
+def measured(lab: Lab) -> dict[str, Any]:
+    """The result of a method that trains nothing: its last evaluation."""
+    evaluation = lab.evaluations[-1]
+    return {"policy": _checkpoint(evaluation.policy), "step": evaluation.step, **evaluation.metrics}
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from reasonrun.curate.group import Group, curation, imitate
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Example, Graded, LeftOut
+from reasonrun.records import Example, Graded, LeftOut, SFTExample
 
 
 def why_not(row: Graded) -> str | None:
@@ -58,6 +58,14 @@ def star_rows(
             seen.add(text)
             num_kept += 1
             yield imitate(group.prompt(style), row, source=source)
+
+
+@curation(version=1)
+def gold_rows(group: Group, *, style: str = "direct") -> Iterator[Example | LeftOut]:
+    """The gold answer without a rationale: direct-answer fine-tuning."""
+    yield SFTExample(
+        problem_id=group.problem.id, rollout_ids=(), segments=(group.prompt(style), group.gold()), source="gold"
+    )
 
 
 @curation(version=1)

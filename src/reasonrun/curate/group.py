@@ -16,11 +16,13 @@ class Group:
     """One problem.
 
     ``prompt(style)`` renders the task's messages in that style for the policy: a segment without loss. A hinted
-    rollout is stored against the bare prompt this way, never by cutting ids.
+    rollout is stored against the bare prompt this way, never by cutting ids. ``gold()`` is the task's own answer
+    without a rationale, closed by the end-of-sequence token.
     """
 
     problem: Problem
     prompt: Callable[[str], Segment]
+    gold: Callable[[], Segment]
 
 
 def curation(version: int) -> Callable[[F], F]:

@@ -262,6 +262,10 @@ class Arith(Task):
         """The exact number after the last ``Answer:``."""
         return NumberGrader(NumberGrader.Settings(markers=(r"Answer:",)))
 
+    def direct_answer(self, problem: Problem) -> str:
+        """The answer line alone."""
+        return f"Answer: {problem.reference}"
+
     def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:
         """The gold solution, or one with a single wrong step that also changes the answer."""
         chain = chain_of(problem)

@@ -75,9 +75,7 @@ def read_rows(paths: Sequence[str]) -> SFTRows:
         with pq.ParquetFile(path) as file:
             columns = ["segments", "weight", "rollout_ids", "problem_id"]
             parts += [_flatten(batch) for batch in file.iter_batches(columns=columns)]
-    if not parts:
-        return _join([_empty()])
-    return _join(parts)
+    return _join(parts or [_empty()])
 
 
 def _empty() -> SFTRows:

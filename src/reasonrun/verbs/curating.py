@@ -12,7 +12,7 @@ from reasonrun.curate.group import Group
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.records import Example, Graded, LeftOut, Problem, Segment, SFTExample, digest
-from reasonrun.samples import ExampleSet, Extent, GradedSet
+from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep
 
@@ -23,8 +23,12 @@ Curation = Callable[..., Iterator[Example | LeftOut]]
 class CurateJob:
     name: str
     function: Curation
-    sets: tuple[GradedSet, ...]
+    sets: tuple[GradedSet | ProblemSet, ...]
     params: dict[str, Any]
+
+    @property
+    def graded(self) -> tuple[GradedSet, ...]:
+        return tuple(rows for rows in self.sets if isinstance(rows, GradedSet))
 
     @property
     def dotted(self) -> str:
@@ -45,10 +49,10 @@ def curate(ctx: Context, job: CurateJob) -> ExampleSet:
         "function": job.dotted,
         "version": version,
         "params": digest(job.params),
-        "sets": [graded.digest for graded in job.sets],
+        "sets": [rows.digest for rows in job.sets],
         "tokenizer": ctx.renderer.digest,
         "prompts": ctx.task.prompt_version,
-        "inputs": [graded.step for graded in job.sets],
+        "inputs": [rows.step for rows in job.sets],
     }
     step = ctx.open_step(job.name, fingerprint)
     new = isinstance(step, OpenStep)
@@ -80,7 +84,7 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
     step.seal_table("rows", type(examples[0]) if examples else SFTExample, iter(examples))
     step.seal_table("left_out", LeftOut, iter(left_out))
     reasons = dict(sorted(Counter(row.reason for row in left_out).items()))
-    num_rows = sum(len(graded) for graded in job.sets)
+    num_rows = sum(len(rows) for rows in job.sets)
     result = {
         "num_rows": num_rows,
         "num_examples": len(examples),
@@ -94,19 +98,23 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
 
 
 def _outcomes(ctx: Context, job: CurateJob) -> Iterator[Example | LeftOut]:
-    problems: dict[str, Problem] = {p.id: p for graded in job.sets for p in graded.problems}
+    problems: dict[str, Problem] = {problem.id: problem for rows in job.sets for problem in rows.problems}
     for problem in problems.values():
 
         def prompt(style: str, problem: Problem = problem) -> Segment:
             return Segment(token_ids=ctx.prompt(problem, style)[1], src="prompt", loss=False)
 
-        rows: list[list[Graded]] = [graded.of_problem(problem.id) for graded in job.sets]
-        yield from job.function(Group(problem=problem, prompt=prompt), *rows, **job.params)
+        def gold(problem: Problem = problem) -> Segment:
+            ids = (*ctx.renderer.encode(ctx.task.direct_answer(problem)), ctx.renderer.eos_ids[0])
+            return Segment(token_ids=ids, src="gold", loss=True)
+
+        rows: list[list[Graded]] = [graded.of_problem(problem.id) for graded in job.graded]
+        yield from job.function(Group(problem=problem, prompt=prompt, gold=gold), *rows, **job.params)
 
 
 def _conserve(job: CurateJob, examples: list[Example], left_out: list[LeftOut]) -> None:
     """Rows in = rows used + rows left out (promise G17). A row may serve several examples, never none in silence."""
-    given = {id_ for graded in job.sets for id_ in graded.rollouts.rows.ids()}
+    given = {id_ for graded in job.graded for id_ in graded.rollouts.rows.ids()}
     used = set(chain.from_iterable(example.rollout_ids for example in examples))
     dropped = [row.rollout_id for row in left_out]
     missing, twice = given - used - set(dropped), len(dropped) - len(set(dropped)) + len(used & set(dropped))
@@ -142,8 +150,8 @@ def _example_set(ctx: Context, job: CurateJob, step: Committed) -> ExampleSet:
     paths = step.table_paths("rows")
     result = step.result
     extent = Extent.of(0)
-    for graded in job.sets:
-        extent = extent.plus(graded.extent)
+    for rows in job.sets:
+        extent = extent.plus(rows.extent)
     if ctx.planned is not None:
         zero = Extent.of(0)
         ctx.planned.append(

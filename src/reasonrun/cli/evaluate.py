@@ -1,0 +1,97 @@
+"""``reasonrun eval``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from reasonrun.cli.main import print_json
+from reasonrun.cli.progress import PlainProgress
+from reasonrun.recipe import load
+from reasonrun.running import RunOptions, run, run_directory
+from reasonrun.workers.signals import StopFlag
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """The flags of ``reasonrun eval``."""
+
+    task: str
+    overrides: tuple[str, ...]
+    model: str
+    k: int
+    split: str
+    num_problems: int
+    style: str
+    engine: str
+    directory: Path | None
+
+    def recipe_overrides(self) -> list[str]:
+        """The flags as overrides of the recipe ``eval``; what the user wrote last wins."""
+        return [
+            f"task.name={self.task}",
+            f"engine={self.engine}",
+            *model_overrides(self.model),
+            f"method.split={self.split}",
+            f"evaluate.num_samples={self.k}",
+            f"evaluate.num_problems={self.num_problems}",
+            f"evaluate.style={self.style}",
+            *self.overrides,
+        ]
+
+
+def model_overrides(model: str) -> list[str]:
+    """``tiny``, ``smollm2``, ``hub:owner/name`` or a folder."""
+    if model in ("tiny", "smollm2"):
+        return [f"model={model}"]
+    kind, value = ("hub", model[4:]) if model.startswith("hub:") else ("path", str(Path(model).resolve()))
+    return ["model.name=null", f"model.{kind}={value}"]
+
+
+def eval_command(request: EvalRequest, *, as_json: bool) -> None:
+    """Measure, keep every item, print the table. The same command continues an interrupted evaluation."""
+    recipe = load("eval", request.recipe_overrides())
+    directory = run_directory(recipe, request.directory)
+    with StopFlag("the same command continues the evaluation") as stop:
+        options = RunOptions(
+            directory=directory,
+            command="reasonrun eval",
+            interrupted=lambda: stop.is_set,
+            stop_exit_code=lambda: stop.exit_code,
+        )
+        outcome = run(recipe, options, PlainProgress(Console(stderr=True)))
+    if as_json:
+        print_json({"directory": str(directory), "result": outcome.result})
+        return
+    typer.echo(
+        f"{request.task} {request.split}: {outcome.result['num_problems']} problems, style {request.style},"
+        f" {getattr(recipe.task, 'num_shots', 0) if request.style == 'few_shot' else 0} demonstrations,"
+        f" model {request.model} ({outcome.result['policy']['weights'][:12]})"
+    )
+    for line in format_metrics(outcome.result):
+        typer.echo(line)
+    typer.echo(f"items: {directory}/steps/evaluate/")
+
+
+def format_metrics(result: dict[str, Any]) -> list[str]:
+    """Each part of an evaluation with its intervals."""
+    lines = []
+    for part in ("greedy", "sampled"):
+        if part not in result:
+            continue
+        table = result[part]
+        low, high = table["interval"]
+        lines.append(f"{part:8s} accuracy {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]")
+        lines.append(
+            f"{'':8s} truncated {table['truncated_share']:.1%}, unparseable {table['unparseable_share']:.1%},"
+            f" ungraded {table['ungraded_share']:.1%}"
+        )
+        for name, value in table.get("pass_at_k", {}).items():
+            lines.append(f"{'':8s} pass@{name} {value:.1%}")
+        if "maj_at_k" in table:
+            lines.append(f"{'':8s} maj {table['maj_at_k']:.1%}")
+    return lines

@@ -1,0 +1,157 @@
+"""The command line: one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from reasonrun import __version__
+from reasonrun.errors import ReasonrunError
+
+app = typer.Typer(
+    name="reasonrun",
+    help="Run LLM self-training experiments from a recipe. The same command continues a stopped run.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+err = Console(stderr=True)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory; default runs/<recipe>.")] = None,
+    redo: Annotated[str | None, typer.Option("--redo", help="Set this step and all that depends on it aside.")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Move steps that the recipe no longer reaches away.")] = False,
+    accept_code: Annotated[bool, typer.Option("--accept-code", help="Keep rows that changed code made.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe, or continue its run."""
+    from reasonrun.cli.train import train_command
+
+    train_command(recipe, overrides or [], run, redo=redo, prune=prune, accept_code=accept_code, as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    assume: Annotated[list[str] | None, typer.Option("--assume", help="Change an assumption: accuracy=0.3.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rehearse a recipe without a model: its steps, counts, tokens, seconds and disk."""
+    from reasonrun.cli.plan import plan_command
+
+    plan_command(recipe, overrides or [], assume or [], as_json=as_json)
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Validate a recipe; all errors at once, with their places."""
+    from reasonrun.cli.check import check as check_command
+
+    check_command(recipe, overrides or [], as_json=as_json)
+
+
+@app.command()
+def status(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; default: all under runs/.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run has done so far."""
+    from reasonrun.cli.status import status_command
+
+    status_command(run, as_json=as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.")],
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option("--model", help="tiny, smollm2, a folder, or hub:owner/name.")] = "tiny",
+    k: Annotated[int, typer.Option("--k", help="Samples per problem for pass@k and maj@k; 0 is greedy only.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
+    num_problems: Annotated[int, typer.Option("--num-problems", help="Only the first so many; 0 is all.")] = 0,
+    style: Annotated[str, typer.Option("--style", help="The task's prompt style.")] = "plain",
+    engine: Annotated[str, typer.Option("--engine", help="hf or scripted.")] = "hf",
+    run: Annotated[Path | None, typer.Option("--run", help="Directory of the results.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: greedy accuracy, pass@k, maj@k, with 95 % intervals and every item kept."""
+    from reasonrun.cli.evaluate import EvalRequest, eval_command
+
+    request = EvalRequest(
+        task=task,
+        overrides=tuple(overrides or []),
+        model=model,
+        k=k,
+        split=split,
+        num_problems=num_problems,
+        style=style,
+        engine=engine,
+        directory=run,
+    )
+    eval_command(request, as_json=as_json)
+
+
+@app.command()
+def recipes(
+    action: Annotated[str | None, typer.Argument(help="copy, to copy a recipe out.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
+    destination: Annotated[Path | None, typer.Argument(help="Where to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or copy one out to edit."""
+    from reasonrun.cli.recipes import recipes as recipes_command
+
+    recipes_command(action, name, destination, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine has and what a run here would use."""
+    from reasonrun.cli.doctor import doctor_command
+
+    doctor_command(as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of ``--json``."""
+    typer.echo(json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True))
+
+
+def main() -> None:
+    """Entry point. A user's mistake prints a message, never a traceback."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except ReasonrunError as error:
+        if as_json:
+            print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+        else:
+            err.print(f"{_label(error)}: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+        os._exit(error.exit_code) if error.exit_code == 130 else sys.exit(error.exit_code)
+
+
+def _label(error: ReasonrunError) -> str:
+    return {5: "finding", 75: "stopped", 130: "stopped"}.get(error.exit_code, "error")

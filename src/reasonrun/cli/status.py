@@ -1,0 +1,60 @@
+"""``reasonrun status``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from reasonrun.cli.main import print_json
+from reasonrun.cli.train import read_lines
+from reasonrun.errors import RecipeError
+from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
+
+
+def status_command(run: Path | None, *, as_json: bool) -> None:
+    """One run in detail, or a line for each run under ``runs/``. Reads only; never takes the lock."""
+    if run is not None:
+        state = read_run(run)
+        if as_json:
+            print_json(state)
+            return
+        for line in describe(run, state):
+            typer.echo(line)
+        return
+    runs = sorted(path.parent for path in Path("runs").glob("*/run.json"))
+    states = {str(path): read_run(path) for path in runs}
+    if as_json:
+        print_json(states)
+    elif not states:
+        typer.echo("no runs under ./runs; start one with: reasonrun train star_arith")
+    for path, state in {} if as_json else states.items() if states else ():
+        typer.echo(f"{path}  {state['state']}  {state['num_steps']} steps committed")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What the files of a run say. Raises RecipeError when the folder is no run."""
+    if not (run / "run.json").is_file():
+        raise RecipeError(f"{run} is not a run directory: it has no run.json", hint="list the runs with: reasonrun status")
+    rows = read_lines(run / "metrics.jsonl")
+    done = run / "_OK.json"
+    notes = [note for path in sorted(run.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]
+    return {
+        "state": "finished" if done.exists() else "unfinished",
+        "num_attempts": len(list(run.glob("attempts/*"))),
+        "num_steps": len(rows),
+        "steps": rows,
+        "seconds": seconds_by_step(notes),
+        "result": json.loads(done.read_text())["result"] if done.exists() else None,
+    }
+
+
+def describe(run: Path, state: dict[str, Any]) -> list[str]:
+    """A run as text: its state, its rounds, its result."""
+    lines = [f"{run}: {state['state']}, {state['num_steps']} steps committed, {state['num_attempts']} attempts", ""]
+    lines += format_table(round_table(state["steps"], state["seconds"]))
+    if state["result"] and "test" in state["result"]:
+        lines += ["", *format_result(state["result"])]
+    return lines

@@ -1,0 +1,80 @@
+"""``reasonrun train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from reasonrun.cli.main import print_json
+from reasonrun.cli.progress import BarProgress, PlainProgress
+from reasonrun.recipe import load
+from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
+from reasonrun.running import Outcome, RunOptions, run, run_directory
+from reasonrun.workers.signals import StopFlag
+
+
+def train_command(
+    recipe: str,
+    overrides: list[str],
+    directory: Path | None,
+    *,
+    redo: str | None,
+    prune: bool,
+    accept_code: bool,
+    as_json: bool,
+) -> None:
+    """Run or continue, then print where the result is and the table of rounds."""
+    resolved = load(recipe, overrides)
+    where = run_directory(resolved, directory)
+    command = " ".join(["reasonrun train", recipe, *overrides, *(["--run", str(directory)] if directory else [])])
+    console = Console(stderr=True)
+    with StopFlag(f"to continue: {command}") as stop:
+        options = RunOptions(
+            directory=where,
+            command=command,
+            redo=redo,
+            prune=prune,
+            accept_code=accept_code,
+            interrupted=lambda: stop.is_set,
+            stop_exit_code=lambda: stop.exit_code,
+        )
+        if console.is_terminal and not as_json:
+            with BarProgress(console) as bars:
+                outcome = run(resolved, options, bars)
+        else:
+            outcome = run(resolved, options, PlainProgress(console))
+    if as_json:
+        print_json({"directory": str(outcome.directory), "result": outcome.result})
+        return
+    show(outcome)
+
+
+def show(outcome: Outcome) -> None:
+    """The end of a run as a person reads it."""
+    directory = outcome.directory
+    if outcome.already_finished:
+        typer.echo(f"{directory} is finished; nothing to do")
+    rows = read_lines(directory / "metrics.jsonl")
+    seconds = seconds_by_step(note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path))
+    typer.echo("")
+    for line in format_table(round_table(rows, seconds)):
+        typer.echo(line)
+    typer.echo("")
+    for line in format_result(outcome.result):
+        typer.echo(line)
+    last = outcome.result["last"]["step"]
+    model = directory / "steps" / last / "model" if last != "base" else "the base model"
+    typer.echo(f"model: {model}")
+    typer.echo(f"run:   {directory} (metrics.jsonl, steps/)")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; empty when there is none. A torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,263 @@
+"""The write-ahead log of a running step: one JSON line per row, each with its CRC.
+
+A line is 8 hex digits of CRC-32 (zlib), a space, ``[ordinal,record]`` as compact JSON, a newline. Ordinal -1 marks how
+many bytes had been flushed to disk when the line was written, which tells a hole left by a loss of power (rows that
+were never safe) from damage to rows that were.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reasonrun.errors import RunFailed
+from reasonrun.ledger.files import Files, decode_json, encode_json
+
+FLUSH_SECONDS = 2.0
+"""Longest time between two flushes to disk while rows arrive."""
+
+_FLUSHED = -1
+_MAX_ORDINAL = 10**9
+_READ_BYTES = 1 << 14
+_DAMAGED = "damaged"
+
+
+class Wal:
+    """Rows of an unfinished step by ordinal, durable within ``FLUSH_SECONDS``.
+
+    Memory is 8 bytes a row: an array from ordinal to byte offset; rows are read back from the file.
+
+    Args:
+        path: the log file, made when missing.
+        files: does the writing.
+        set_aside: gets a name and gives the path under which a torn tail is kept.
+        redo_hint: what the user can do about damage.
+
+    Raises:
+        RunFailed: a line in the middle is damaged, or an ordinal stands there twice with different rows.
+    """
+
+    def __init__(self, path: Path, files: Files, set_aside: Callable[[str], Path], redo_hint: str) -> None:
+        self.path, self._files, self._redo_hint = path, files, redo_hint
+        self._offsets: npt.NDArray[np.int64] = np.full(1024, -1, dtype=np.int64)
+        self._num_rows = 0
+        files.mkdir(path.parent)
+        self._descriptor = _open_to_read(path, files)
+        try:
+            self._recover(set_aside)
+            self._file = files.append(path, "wal")
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._flushed_to = self._file.size
+        self._marked_to = self._flushed_to
+        self._flushed_at = time.monotonic()
+        if self._file.size:  # rows of an earlier attempt may still be in memory only
+            self.flush()
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __contains__(self, ordinal: int) -> bool:
+        return 0 <= ordinal < len(self._offsets) and bool(self._offsets[ordinal] >= 0)
+
+    def ordinals(self) -> npt.NDArray[np.int64]:
+        """The ordinals that are present, ascending."""
+        return np.flatnonzero(self._offsets >= 0)
+
+    def missing(self, num_rows: int) -> npt.NDArray[np.int64]:
+        """The ordinals below ``num_rows`` that are absent, ascending."""
+        present = np.zeros(num_rows, dtype=bool)
+        present[[i for i in self.ordinals() if i < num_rows]] = True
+        return np.flatnonzero(~present)
+
+    def append(self, records: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        """Log one unit of work with a single write. Rows that are there already, unchanged, are skipped.
+
+        Raises:
+            RunFailed: an ordinal is there with another row (determinism check).
+            ValueError: an ordinal is negative or above 10^9.
+        """
+        lines: dict[int, bytes] = {}
+        for ordinal, record in records:
+            if not 0 <= ordinal <= _MAX_ORDINAL:
+                raise ValueError(f"ordinal {ordinal} is not between 0 and {_MAX_ORDINAL}")
+            line = _encode(ordinal, record)
+            known = lines.get(ordinal) or (self._line(ordinal) if ordinal in self else None)
+            if known is None:
+                lines[ordinal] = line
+            elif known != line and _decode(known) != _decode(line):
+                raise self._different(ordinal)
+        if not lines:
+            return
+        mark = b""
+        if self._marked_to < self._flushed_to:
+            mark = _encode(_FLUSHED, self._flushed_to)
+            self._marked_to = self._flushed_to
+        offset = self._file.write(mark + b"".join(lines.values())) + len(mark)
+        for ordinal, line in lines.items():
+            self._index(ordinal, offset)
+            offset += len(line)
+        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Force everything to disk."""
+        self._file.fsync()
+        self._flushed_to = self._file.size
+        self._flushed_at = time.monotonic()
+
+    def read(self, ordinal: int) -> dict[str, Any]:
+        """One row. Raises KeyError when it is absent, RunFailed when its line has been damaged since."""
+        if ordinal not in self:
+            raise KeyError(ordinal)
+        found = _decode(self._line(ordinal))
+        if found is None or found[0] != ordinal:
+            raise self._damage(int(self._offsets[ordinal]))
+        row: dict[str, Any] = found[1]
+        return row
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows in the order of their ordinals, one at a time."""
+        for ordinal in self.ordinals():
+            yield self.read(int(ordinal))
+
+    def close(self) -> None:
+        """Flush and give the descriptors back. Calling it twice does no harm."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+
+    def abandon(self) -> None:
+        """Give the descriptors back without a flush: after a failure, or when the log is no longer needed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._file.close()
+
+    def _line(self, ordinal: int) -> bytes:
+        offset, parts = int(self._offsets[ordinal]), []
+        with self._files.explaining(self.path):
+            while True:
+                part = os.pread(self._descriptor, _READ_BYTES, offset)
+                end = part.find(b"\n")
+                parts.append(part if end < 0 else part[: end + 1])
+                if end >= 0 or not part:
+                    return b"".join(parts)
+                offset += len(part)
+
+    def _index(self, ordinal: int, offset: int) -> None:
+        if ordinal >= len(self._offsets):
+            grown = np.full(max(ordinal + 1, 2 * len(self._offsets)), -1, dtype=np.int64)
+            grown[: len(self._offsets)] = self._offsets
+            self._offsets = grown
+        self._num_rows += self._offsets[ordinal] < 0
+        self._offsets[ordinal] = offset
+
+    def _recover(self, set_aside: Callable[[str], Path]) -> None:
+        """Index the file; cut off what a crash left at its end."""
+        size = self.path.stat().st_size
+        end = self._scan()
+        if end < size:
+            with self._files.explaining(self.path), open(self.path, "rb") as file:
+                file.seek(end)
+                tail = file.read()
+            self._files.write_atomic(set_aside(f"{self.path.name}.tail-{end}"), tail, "json")
+            self._files.point("wal.before_truncate")
+            self._files.truncate(self.path, end)
+
+    def _scan(self) -> int:
+        """Index every good line and return the offset where the usable part ends."""
+        offset, first_hole, flushed_to = 0, -1, 0
+        with self._files.explaining(self.path), open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                found = _decode(line)
+                if found is None:
+                    # Blocks that never reached the disk read as NUL, which no line of ours contains.
+                    if b"\0" not in line:
+                        raise self._damage(offset)
+                    first_hole = offset if first_hole < 0 else first_hole
+                elif found[0] == _FLUSHED:
+                    flushed_to = max(flushed_to, found[1])
+                elif first_hole < 0:
+                    self._add_scanned(found[0], line, offset)
+                offset += len(line)
+        if 0 <= first_hole < flushed_to:
+            raise self._damage(first_hole)
+        return offset if first_hole < 0 else first_hole
+
+    def _add_scanned(self, ordinal: int, line: bytes, offset: int) -> None:
+        if ordinal in self and _decode(self._line(ordinal)) != _decode(line):
+            raise self._different(ordinal)
+        self._index(ordinal, offset)
+
+    def _damage(self, offset: int) -> RunFailed:
+        return RunFailed(
+            f"{self.path} is damaged at byte {offset}: a line in the middle does not match its checksum.",
+            hint=self._redo_hint,
+        )
+
+    def _different(self, ordinal: int) -> RunFailed:
+        return RunFailed(
+            f"{self.path}: row {ordinal} was computed twice with different results (determinism check).",
+            hint="something that is not part of the row's key changed its result; " + self._redo_hint,
+        )
+
+
+def repair(path: Path, files: Files, set_aside: Callable[[str], Path]) -> int:
+    """Rewrite a damaged log with the lines that verify; the original is kept aside first.
+
+    Returns:
+        The number of lines that were given up.
+    """
+    lines = files.read(path).splitlines(keepends=True)
+    # Marks count bytes of the old file, so they are left out, and an ordinal that stands there twice is given up.
+    found = [(line, _decode(line)) for line in lines]
+    rows = [(line, row) for line, row in found if row is not None and row[0] >= 0]
+    by_ordinal: dict[int, set[bytes]] = {}
+    for line, row in rows:
+        by_ordinal.setdefault(row[0], set()).add(line)
+    kept = [next(iter(same)) for same in by_ordinal.values() if len(same) == 1]
+    files.write_atomic(set_aside(f"{path.name}.damaged"), b"".join(lines), "json")
+    files.write_atomic(path, b"".join(kept), "json")
+    num_marks = sum(row is not None and row[0] == _FLUSHED for _, row in found)
+    return len(lines) - num_marks - len(kept)
+
+
+def _open_to_read(path: Path, files: Files) -> int:
+    is_new = not path.exists()
+    with files.explaining(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    if is_new:
+        files.sync_folder(path.parent)
+    return descriptor
+
+
+def _encode(ordinal: int, record: Any) -> bytes:
+    body = b"[%d," % ordinal + encode_json(record) + b"]"
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def _decode(line: bytes) -> tuple[int, Any] | None:
+    """Ordinal and record of one line, or None when it is damaged."""
+    body = line[9:-1]
+    if line[8:9] != b" " or line[-1:] != b"\n" or line[:8] != b"%08x" % zlib.crc32(body):
+        return None
+    try:
+        ordinal, record = decode_json(body)
+    except (ValueError, TypeError):
+        return None
+    return ordinal, record

@@ -1,0 +1,164 @@
+"""``plan``: rehearse the very same method on a handful of problems and scale the counts to the real sets."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasonrun.code_digest import code_digests
+from reasonrun.engines.scripted import Scripted
+from reasonrun.errors import Finding
+from reasonrun.hosts import scripted_host
+from reasonrun.lab import Lab
+from reasonrun.ledger.run_dir import RunDir
+from reasonrun.models import resolve
+from reasonrun.recipe import ResolvedRecipe
+from reasonrun.records import Problem
+from reasonrun.rendering import Renderer
+from reasonrun.running import conclude
+from reasonrun.samples import Extent
+from reasonrun.settings import Effect, setting
+from reasonrun.settings import Settings as SettingsBase
+from reasonrun.verbs.context import Context, PlannedStep, Progress
+
+REHEARSED_PROBLEMS = 16
+
+
+class Assumptions(SettingsBase):
+    """What a plan cannot know. Every value is shown, and ``--assume key=value`` changes it."""
+
+    accuracy: float = setting(0.4, Effect.OPERATIONAL, "Share of right answers of the base model.", ge=0, le=1)
+    gain: float = setting(0.05, Effect.OPERATIONAL, "Rise of that share with every training step.", ge=0, le=1)
+    parse_rate: float = setting(0.98, Effect.OPERATIONAL, "Share of completions with a readable answer.", ge=0, le=1)
+    tokens_per_completion: float = setting(
+        0.0, Effect.OPERATIONAL, "Mean completion length; 0 takes the length of the task's own solutions.", ge=0
+    )
+    generated_per_second: float = setting(8000.0, Effect.OPERATIONAL, "Generation speed in tokens per second.", gt=0)
+    trained_per_second: float = setting(12000.0, Effect.OPERATIONAL, "Training speed in tokens per second.", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Steps in order with their extents in the real run."""
+
+    steps: list[PlannedStep]
+    assumptions: Assumptions
+    finding: str | None  # set when the rehearsal ended in one
+
+    def seconds(self, step: PlannedStep) -> tuple[float, float]:
+        """Expected and worst-case seconds of a step under the assumptions."""
+        speed = {
+            "sample": self.assumptions.generated_per_second,
+            "train": self.assumptions.trained_per_second,
+        }.get(step.verb)
+        return (step.tokens.expected / speed, step.tokens.worst / speed) if speed else (0.0, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything the table shows, as plain data."""
+        return {
+            "assumptions": self.assumptions.model_dump(),
+            "finding": self.finding,
+            "steps": [
+                {
+                    "step": step.step,
+                    "verb": step.verb,
+                    "unit": step.unit,
+                    "units": _extent(step.units),
+                    "tokens": _extent(step.tokens),
+                    "seconds": [round(value, 1) for value in self.seconds(step)],
+                    "disk_bytes": _extent(step.disk_bytes),
+                }
+                for step in self.steps
+            ],
+            "total": {
+                "tokens_generated": round(sum(s.tokens.expected for s in self.steps if s.verb == "sample")),
+                "tokens_trained": round(sum(s.tokens.expected for s in self.steps if s.verb == "train")),
+                "seconds": [round(sum(self.seconds(s)[i] for s in self.steps), 1) for i in (0, 1)],
+                "peak_disk_bytes": round(sum(s.disk_bytes.worst for s in self.steps)),
+            },
+        }
+
+
+def _extent(extent: Extent) -> dict[str, float | bool]:
+    return {"expected": round(extent.expected), "worst": round(extent.worst), "exact": extent.exact}
+
+
+def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -> Plan:
+    """Rehearse ``recipe`` without a model, in a folder that is thrown away.
+
+    Raises:
+        ReasonrunError: whatever the method would meet with any model: two steps of one name, a style the task lacks.
+    """
+    task = recipe.classes["task"](recipe.task)
+    base = resolve(recipe.model)
+    renderer = Renderer.load(Path(base.path))
+    problems: dict[str, Problem] = {}
+    script = Scripted.Settings(
+        accuracy=assumptions.accuracy, gain=assumptions.gain, unanswered=1 - assumptions.parse_rate, truncated=0.0
+    )
+    planned: list[PlannedStep] = []
+    finding = None
+    with (
+        tempfile.TemporaryDirectory(prefix="reasonrun-plan-") as folder,
+        RunDir.open(
+            Path(folder) / "run",
+            identity={"recipe": recipe.resolved},
+            command="plan",
+            code=code_digests(recipe.classes["method"]),
+            durable=False,
+        ) as run_dir,
+    ):
+        context = Context(
+            run_dir=run_dir,
+            recipe=recipe,
+            task=task,
+            grader=task.grader(),
+            renderer=renderer,
+            base=base,
+            host=scripted_host(script, task, problems, renderer),
+            progress=progress,
+            check_stop=lambda: None,
+            planned=planned,
+            max_problems=REHEARSED_PROBLEMS,
+            problems_by_id=problems,
+        )
+        lab = Lab(context)
+        try:
+            conclude(lab, recipe.classes["method"](recipe.method).run(lab))
+        except Finding as stop:
+            finding = str(stop)
+    return Plan(steps=planned, assumptions=assumptions, finding=finding)
+
+
+def format_plan(plan: Plan) -> list[str]:
+    """The plan as aligned text lines; ``~`` marks what depends on data."""
+    header = ["step", "units", "tokens", "worst", "seconds", "worst"]
+    body = [header]
+    for step in plan.steps:
+        mark = "" if step.units.exact else "~"
+        expected, worst = plan.seconds(step)
+        body.append(
+            [
+                step.step,
+                f"{mark}{step.units.expected:,.0f} {step.unit}",
+                f"{step.tokens.expected:,.0f}" if step.tokens.worst else "-",
+                f"{step.tokens.worst:,.0f}" if step.tokens.worst else "-",
+                f"{expected:,.1f}" if step.tokens.worst else "-",
+                f"{worst:,.1f}" if step.tokens.worst else "-",
+            ]
+        )
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+    total = plan.to_json()["total"]
+    lines.append("")
+    lines.append(
+        f"expected {total['tokens_generated']:,} generated and {total['tokens_trained']:,} trained tokens,"
+        f" {total['seconds'][0]:,.0f} s (worst {total['seconds'][1]:,.0f} s),"
+        f" {total['peak_disk_bytes'] / 1e6:,.0f} MB of disk; ~ depends on data"
+    )
+    lines.append("assumed: " + ", ".join(f"{k}={v:g}" for k, v in plan.assumptions.model_dump().items()))
+    if plan.finding:
+        lines.append(f"the rehearsal ended in a finding: {plan.finding}")
+    return lines

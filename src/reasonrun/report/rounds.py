@@ -1,0 +1,113 @@
+"""The table of rounds: what each round tried, kept, learnt and scored, from the metrics record."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class RoundRow:
+    """One line of the table; ``accuracy`` belongs to the policy that the round began with."""
+
+    scope: str
+    evaluations: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # part -> accuracy, low, high
+    num_rollouts: int = 0
+    num_correct: int = 0
+    num_kept: int = 0
+    num_hinted: int = 0
+    num_tokens: int = 0
+    num_steps: int = 0
+    loss: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept_share(self) -> float | None:
+        return self.num_kept / self.num_rollouts if self.num_rollouts else None
+
+
+def round_table(rows: Iterable[dict[str, Any]], seconds: dict[str, float]) -> list[RoundRow]:
+    """Rows of the metrics record, folded by outermost scope, in order; evaluation samples are not counted as tries.
+
+    Args:
+        rows: lines of ``metrics.jsonl``.
+        seconds: seconds by step name, summed over attempts.
+    """
+    table: dict[str, RoundRow] = {}
+    for row in rows:
+        scope, _, rest = row["step"].partition("/")
+        if not rest or scope == "problems":
+            continue
+        line = table.setdefault(scope, RoundRow(scope=scope))
+        _fold(line, row, in_evaluation=rest.startswith("evaluate/") or rest.startswith("test-"))
+    for step, spent in seconds.items():
+        scope, _, rest = step.partition("/")
+        if scope in table:
+            verb = "evaluate" if rest.startswith(("evaluate", "test-")) else rest.split("-")[0]
+            by_verb = table[scope].seconds
+            by_verb[verb] = by_verb.get(verb, 0.0) + spent
+    return list(table.values())
+
+
+def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
+    verb = row["verb"]
+    if verb == "evaluate":
+        for part in ("greedy", "sampled"):
+            if part in row:
+                low, high = row[part]["interval"]
+                key = part if row["split"] == "dev" else f"{part} {row['step'].split('/')[-1]}"
+                line.evaluations[key] = (row[part]["accuracy"], low, high)
+    elif in_evaluation:
+        return
+    elif verb == "sample":
+        line.num_tokens += row["num_completion_tokens"]
+    elif verb == "grade":
+        line.num_rollouts += row["num_rollouts"]
+        line.num_correct += row["num_correct"]
+    elif verb == "curate":
+        line.num_kept += row["num_examples"]
+        line.num_hinted += row["sources"].get("hinted", 0)
+    elif verb == "train":
+        line.num_steps += row["num_steps"]
+        line.loss = row.get("loss")
+
+
+def format_table(table: list[RoundRow]) -> list[str]:
+    """The table as aligned text lines."""
+    parts = list(dict.fromkeys(p for line in table for p in line.evaluations if " " not in p))
+    header = ["round", *(f"dev {p}" for p in parts), "tried", "right", "kept", "hinted", "steps", "tokens", "seconds"]
+    body = [header]
+    for line in table:
+        scores = [_interval(line.evaluations.get(part)) for part in parts]
+        counts = [line.num_rollouts, line.num_correct, line.num_kept, line.num_hinted, line.num_steps, line.num_tokens]
+        spent = " ".join(f"{verb} {value:.1f}" for verb, value in line.seconds.items())
+        body.append([line.scope, *scores, *(f"{count:,}" if count else "-" for count in counts), spent])
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+
+
+def _interval(score: tuple[float, float, float] | None) -> str:
+    return "-" if score is None else f"{score[0]:.1%} [{score[1]:.1%}, {score[2]:.1%}]"
+
+
+def format_result(result: dict[str, Any]) -> list[str]:
+    """Before and after on the test split, one line per part."""
+    lines = []
+    test = result["test"]
+    for part in ("greedy", "sampled"):
+        if part not in test["base"]:
+            continue
+        cells = [f"{name} {_interval((t[part]['accuracy'], *t[part]['interval']))}" for name, t in test.items()]
+        lines.append(f"test {part:8s} " + "   ".join(cells))
+    return lines
+
+
+def seconds_by_step(notes: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds per step, summed over the notes of all attempts."""
+    total: dict[str, float] = defaultdict(float)
+    for note in notes:
+        if "seconds" in note and "step" in note:
+            total[note["step"]] += note["seconds"]
+    return dict(total)

@@ -1,0 +1,171 @@
+"""Carry out one training job in this process: load, train, write what the step leaves. Any objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from reasonrun.contracts import TrainEvents
+from reasonrun.errors import RecipeError
+from reasonrun.model_folder import ModelFolder
+from reasonrun.randomness import derive_seed
+from reasonrun.trainers.batches import plan_batches
+from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
+from reasonrun.trainers.step_trainer import Objective, StepTrainer
+from reasonrun.training import LoRASettings, OptimizerSettings, TrainJob, TrainResult
+
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_REPORTED = ("loss", "lr", "grad_norm")
+
+
+def run_job(
+    job: TrainJob,
+    settings: OptimizerSettings,
+    objective: Objective,
+    events: TrainEvents,
+    counts: dict[str, int],
+) -> TrainResult:
+    """Train and write ``final/``, ``optimizer/`` and, with LoRA, ``adapter/`` into ``job.out_dir``.
+
+    Args:
+        job: what to do.
+        settings: of its kind.
+        objective: its rows and their loss.
+        events: receives logs and checkpoints, in the first process only.
+        counts: added to the metrics (rows left out and the like).
+
+    Raises:
+        RunFailed: a loss or gradient is not finite, or one example does not fit into memory.
+        RecipeError: the job asks for what cannot be.
+    """
+    carry = job.carry_optimizer and job.start.optimizer_path is not None
+    if carry and settings.lora is not None:
+        raise RecipeError(
+            "carry_optimizer and lora exclude each other: adapters are merged after every step and the next one starts"
+            " with fresh ones, to which the old optimizer state does not belong.",
+            hint="Set carry_optimizer=false, or remove lora.",
+        )
+    transformers_logging.disable_progress_bar()
+    out_dir = Path(job.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    args = _arguments(job, settings, out_dir)
+    set_seed(args.seed)  # adapters are drawn before the Trainer seeds
+    model, stored_dtype = _load(job, settings)
+    plan = plan_batches(objective.lengths, settings.batch_size, job.num_steps, job.seed)
+    trainer = StepTrainer(
+        model=model,
+        args=args,
+        objective=objective,
+        plan=plan,
+        micro_batch_size=settings.micro_batch_size,
+        checkpoint_every=settings.checkpoint_every,
+        out_dir=out_dir,
+        events=events,
+    )
+    if carry and job.resume_from is None:
+        read_moments(model, trainer.create_optimizer(), Path(str(job.start.optimizer_path)))
+    trainer.train(resume_from_checkpoint=job.resume_from)
+    trainer.remove_staging()
+    if args.process_index == 0:
+        _write_outputs(model, trainer.optimizer, job, stored_dtype)
+    if args.world_size > 1:
+        dist.barrier()
+    return _result(trainer.state.log_history, len(objective.lengths), settings.batch_size, counts)
+
+
+def _arguments(job: TrainJob, settings: OptimizerSettings, out_dir: Path) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(out_dir / "staging"),
+        max_steps=job.num_steps,
+        per_device_train_batch_size=1,  # one planned batch, which StepTrainer cuts up
+        gradient_accumulation_steps=1,
+        learning_rate=settings.lr,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not on_gpu,
+        seed=derive_seed("trainer", job.seed) % 2**32,
+        save_strategy="no",  # StepTrainer decides
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+    )
+    # One process drives one device; several devices are several processes, never DataParallel.
+    args._setup_devices  # noqa: B018 - a property that sets what the next line corrects
+    args._n_gpu = min(args._n_gpu, 1)
+    return args
+
+
+def _load(job: TrainJob, settings: OptimizerSettings) -> tuple[Any, torch.dtype]:
+    """The model to train and the dtype in which its start checkpoint is stored."""
+    ModelFolder(Path(job.start.path)).weight_paths()  # refuses a folder without safetensors before anything is opened
+    model = AutoModelForCausalLM.from_pretrained(
+        job.start.path, dtype="auto", use_safetensors=True, local_files_only=True
+    )
+    stored_dtype = model.dtype
+    if settings.lora is None:
+        # Master weights: an update of 1e-6 is lost in bfloat16.
+        return model.float(), stored_dtype
+    if settings.dtype == "float32" or not torch.cuda.is_available():
+        model = model.float()
+    return _with_adapters(model, settings.lora), stored_dtype
+
+
+def _with_adapters(model: Any, lora: LoRASettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    return get_peft_model(model, config)
+
+
+def _write_outputs(model: Any, optimizer: Any, job: TrainJob, stored_dtype: torch.dtype) -> None:
+    out_dir = Path(job.out_dir)
+    if hasattr(model, "merge_and_unload"):
+        staged = out_dir / "adapter.partial"
+        model.save_pretrained(staged)
+        commit_folder(staged, out_dir / "adapter")
+        model = model.float().merge_and_unload()
+    else:
+        write_moments(model, optimizer, out_dir / "optimizer")
+    write_model(model.to(stored_dtype), Path(job.start.path), out_dir / "final")
+
+
+def _result(
+    history: list[dict[str, float]], num_rows: int, batch_size: int, counts: dict[str, int]
+) -> TrainResult:
+    """Sums over all steps, earlier attempts included: the history travels with each checkpoint."""
+    last = history[-max(1, len(history) // 10) :]
+    metrics: dict[str, float] = {key: sum(row[key] for row in last) / len(last) for key in _REPORTED}
+    metrics["first_loss"] = history[0]["loss"]
+    metrics["num_examples"] = num_rows
+    metrics["num_epochs"] = len(history) * batch_size / num_rows
+    metrics.update(counts)
+    return TrainResult(
+        num_steps=len(history),
+        num_tokens=int(sum(row["num_tokens"] for row in history)),
+        num_padded_tokens=int(sum(row["num_padded_tokens"] for row in history)),
+        metrics=metrics,
+    )

@@ -1,0 +1,112 @@
+"""What a training step leaves on disk: folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reasonrun.errors import RunFailed
+
+if TYPE_CHECKING:
+    import torch
+
+# What belongs to tokenizer and chat template, and the configs. Training changes none of them, so they are copied byte
+# for byte: writing them anew would change their digest with every version of transformers.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
+_MOMENTS_FILE = "adamw.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_folder(staged: Path, target: Path) -> None:
+    """Give a finished folder its name: everything in it is on disk before the rename, the rename after it."""
+    for directory, _, files in os.walk(staged):
+        for name in files:
+            _sync(Path(directory) / name)
+        _sync(Path(directory))
+    staged.rename(target)
+    _sync(target.parent)
+
+
+def write_model(model: Any, start_dir: Path, target: Path) -> None:
+    """Write a model folder that any engine loads: new weights, everything else as in ``start_dir``."""
+    staged = target.with_name(target.name + ".partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged)
+    for pattern in _COPIED:
+        for source in sorted(start_dir.glob(pattern)):
+            if source.is_dir():
+                shutil.copytree(source, staged / source.name)
+            else:
+                shutil.copyfile(source, staged / source.name)
+    commit_folder(staged, target)
+
+
+def write_moments(model: Any, optimizer: Any, target: Path) -> None:
+    """Write AdamW's state by parameter name. Learning rate and the like are settings, so they are not in it."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in _MOMENTS if moment in state}
+    staged = target.with_name(target.name + ".partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    save_file(tensors, staged / _MOMENTS_FILE)
+    commit_folder(staged, target)
+
+
+def read_moments(model: Any, optimizer: Any, source: Path) -> None:
+    """Give a fresh optimizer the state that ``write_moments`` wrote.
+
+    Raises:
+        RunFailed: the file is missing or belongs to another model.
+    """
+    from safetensors.torch import load_file
+
+    path = source / _MOMENTS_FILE
+    if not path.is_file():
+        raise RunFailed(
+            f"{path} does not exist, but the step carries its optimizer on.",
+            hint="Set carry_optimizer=false, or retain the optimizer of the previous step (retain.optimizer).",
+        )
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        if f"exp_avg.{name}" not in tensors:
+            continue
+        state = {moment: tensors.pop(f"{moment}.{name}") for moment in _MOMENTS}
+        if state["exp_avg"].shape != parameter.shape:
+            raise _misfit(path, f"{name} is {tuple(parameter.shape)} here, {tuple(state['exp_avg'].shape)} there")
+        # A fused optimizer wants its step counter beside the parameter.
+        optimizer.state[parameter] = {moment: tensor.to(parameter.device) for moment, tensor in state.items()}
+    if tensors:
+        raise _misfit(path, f"this model has no {sorted(tensors)[0].split('.', 1)[1]}")
+
+
+def _misfit(path: Path, why: str) -> RunFailed:
+    return RunFailed(
+        f"The optimizer state in {path} does not fit the model: {why}.",
+        hint="Carry an optimizer only to the same architecture, or set carry_optimizer=false.",
+    )

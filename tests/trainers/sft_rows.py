@@ -1,0 +1,81 @@
+"""Rows, events and files that the trainer tests share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reasonrun.records import Segment, SFTExample
+
+VOCAB = 64
+
+SEGMENT = pa.struct(
+    [
+        ("token_ids", pa.list_(pa.int32())),
+        ("src", pa.string()),
+        ("loss", pa.bool_()),
+        ("weight", pa.float64()),
+        ("step", pa.int32()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("problem_id", pa.string()),
+        ("rollout_ids", pa.list_(pa.string())),
+        ("segments", pa.list_(SEGMENT)),
+        ("weight", pa.float64()),
+        ("source", pa.string()),
+    ]
+)
+
+
+def example(
+    name: str, prompt: Sequence[int], answer: Sequence[int], *, weight: float = 1.0, answer_weight: float = 1.0
+) -> SFTExample:
+    segments = (
+        Segment(token_ids=tuple(prompt), src="gold", loss=False),
+        Segment(token_ids=tuple(answer), src="model", loss=True, weight=answer_weight),
+    )
+    return SFTExample(problem_id=f"p-{name}", rollout_ids=(name,), segments=segments, weight=weight)
+
+
+def random_examples(num: int, seed: int = 0, longest: int = 24) -> list[SFTExample]:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(num):
+        num_prompt, num_answer = rng.integers(1, longest // 2, size=2)
+        ids = [int(x) for x in rng.integers(3, VOCAB, size=num_prompt + num_answer)]
+        examples.append(example(f"r{i}", ids[:num_prompt], ids[num_prompt:]))
+    return examples
+
+
+def write_rows(path: Path, examples: Sequence[SFTExample]) -> str:
+    pq.write_table(pa.Table.from_pylist([e.model_dump() for e in examples], schema=SCHEMA), path)
+    return str(path)
+
+
+class Events(list[dict[str, Any]]):
+    """Collects events; ``of("log")`` filters them."""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.append(event)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self if event["event"] == kind]
+
+
+def weights_of(folder: Path | str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
