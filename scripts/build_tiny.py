@@ -1,11 +1,12 @@
 """Build ``tiny-1``, the language model that the package carries, from a seed.
 
-    python scripts/build_tiny.py --out /tmp/tiny --minutes 60
+    python scripts/build_tiny.py --out runs/tiny
 
 One run makes tokenizer, chat template and weights. The training text is generated: solutions (a few per cent with a
 wrong step, as found text has), solutions after demonstrations or with a hint, second attempts after a first one, and
-judgements. Multiplication facts appear with very unequal frequency, so that the finished model knows some, half
-knows most, and can still learn. ``--gates`` prints the figures that decision note 0001 asks for, on the dev split.
+judgements. One multiplication fact in five is familiar; the others are rare for ``--first-steps`` (the model learns
+to read, to carry numbers along, to check), and equally frequent for the short ``--last-steps``, whose length sets how
+well they are known at the end: half, so that there is something to learn. ``scripts/tiny_gates.py`` measures that.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ TEMPLATE = (
 )
 
 
-def fact_weight(left: int, right: int) -> float:
-    """How often the training text shows left * right, relative to the commonest fact: log-uniform in 1 to 1/30."""
-    return 30.0 ** -(derive_seed("fact", left, right) % 10_000 / 10_000)
+def fact_weight(left: int, right: int, rare: float) -> float:
+    """How often the text shows left * right: 1 for a fifth of the facts, ``rare`` to ``rare / 3`` for the others."""
+    draw = derive_seed("fact", left, right) % 10_000 / 10_000
+    return 1.0 if draw < 0.2 else rare * 3.0 ** -((draw - 0.2) / 0.8)
 
 
-def draw_training_chain(rng: random.Random) -> Chain:
+def draw_training_chain(rng: random.Random, rare: float) -> Chain:
     """A chain of the pretraining split whose products follow ``fact_weight``."""
     while True:
         multiplications = 0 if rng.random() < 0.1 else 1 if rng.random() < 0.8 else 2
@@ -58,7 +60,7 @@ def draw_training_chain(rng: random.Random) -> Chain:
         value = chain.start
         for operator, operand in chain.operations:
             if operator == "*":
-                keep *= fact_weight(value, operand)
+                keep *= fact_weight(value, operand, rare)
             value = apply(value, operator, operand)
         if chain.split == "pretrain" and rng.random() < keep:
             return chain
@@ -73,24 +75,24 @@ def noisy_solution(rng: random.Random, chain: Chain, error_rate: float) -> str:
     return solution_text(solve_with_mistakes(chain, wrong, rng))
 
 
-def document(rng: random.Random, error_rate: float) -> list[tuple[Turn, bool]]:
+def document(rng: random.Random, error_rate: float, rare: float) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
-    chain = draw_training_chain(rng)
+    chain = draw_training_chain(rng, rare)
     question = question_text(chain, rng)
     kind = rng.random()
-    if kind < 0.64:
+    if kind < 0.50:
         return [(("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
-    if kind < 0.72:
+    if kind < 0.60:
         hinted = words.HINTED.format(question=question, answer=chain.solve()[-1].result)
         return [(("user", hinted), False), (("assistant", solution_text(chain.solve())), True)]
-    if kind < 0.76:
+    if kind < 0.64:
         turns: list[tuple[Turn, bool]] = []
         for _ in range(2):
-            shot = draw_training_chain(rng)
+            shot = draw_training_chain(rng, rare)
             turns.append((("user", question_text(shot, rng)), False))
             turns.append((("assistant", solution_text(shot.solve())), True))
         return [*turns, (("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
-    if kind < 0.88:
+    if kind < 0.80:
         num_wrong = 1 if rng.random() < 0.55 else 0
         first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
         second = first if rng.random() < 0.35 else noisy_solution(rng, chain, error_rate)
@@ -117,7 +119,7 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1)]
+    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
     trainer = trainers.BpeTrainer(
@@ -151,11 +153,11 @@ class Encoder:
         return ids, mask
 
 
-def batches(encoder: Encoder, seed: int, error_rate: float, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(encoder: Encoder, seed: int, error_rate: float, rare: float, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
-        pool = sorted((encoder.encode(document(rng, error_rate)) for _ in range(2048)), key=lambda item: len(item[0]))
+        pool = sorted((encoder.encode(document(rng, error_rate, rare)) for _ in range(2048)), key=lambda item: len(item[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for item in pool:
             if groups[-1] and (len(groups[-1]) + 1) * len(item[0]) > tokens_per_batch:
@@ -201,53 +203,87 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     fast.save_pretrained(out)
 
 
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    out = Path(args.out)
-    tokenizer = build_tokenizer()
-    encoder = Encoder(tokenizer)
-    model = new_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(END))
-    print(f"parameters {sum(p.numel() for p in model.parameters()):,} vocabulary {tokenizer.get_vocab_size()}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    begin, tokens, losses = time.monotonic(), 0, []
-    stream = batches(encoder, derive_seed("tiny", args.seed), args.error_rate, args.tokens_per_batch)
-    for step, (ids_BT, labels_BT) in enumerate(stream, start=1):
-        share = step / args.steps
-        warm = min(1.0, step / 100)
-        decay = 1.0 if share < 0.8 else max(0.02, (1 - share) / 0.2)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * decay
-        logits_BTV = model(ids_BT).logits
+class Training:
+    """Model, optimizer and the two phases."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        torch.set_num_threads(args.threads)
+        self.args = args
+        self.tokenizer = build_tokenizer()
+        self.encoder = Encoder(self.tokenizer)
+        self.model = new_model(self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
+
+    def phase(self, name: str, steps: int, rare: float, *, warmup: int, decay: bool, done: int = 0) -> None:
+        """``steps`` updates on the text of one phase; the learning rate warms up, then stays or falls to zero.
+        The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
+        seed = derive_seed("tiny", self.args.seed, name)
+        stream = batches(self.encoder, seed, self.args.error_rate, rare, self.args.tokens_per_batch)
+        begin, tokens, losses = time.monotonic(), 0, []
+        for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), stream, strict=False):
+            if step <= done:
+                begin = time.monotonic()
+                continue
+            scale = min(1.0, step / warmup) if warmup else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.args.lr * scale * ((1 - (step - 1) / steps) if decay else 1.0)
+            losses.append(self.update(ids_BT, labels_BT))
+            tokens += ids_BT.numel()
+            if step % 100 == 0:
+                seconds = time.monotonic() - begin
+                line = {"phase": name, "step": step, "loss": round(sum(losses[-100:]) / 100, 4)}
+                line |= {"tokens": tokens, "seconds": round(seconds), "tokens_per_second": round(tokens / seconds)}
+                print(json.dumps(line), flush=True)
+            if step % self.args.save_every == 0:
+                self.save(Path(self.args.out) / f"{name}-{step}")
+
+    def update(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
+        logits_BTV = self.model(ids_BT).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tokens += ids_BT.numel()
-        losses.append(loss.item())
-        if step % 100 == 0:
-            seconds = time.monotonic() - begin
-            mean = sum(losses[-100:]) / 100
-            print(json.dumps({"step": step, "loss": round(mean, 4), "tokens": tokens, "seconds": round(seconds), "tok/s": round(tokens / seconds)}), flush=True)
-        if step % args.save_every == 0 or step == args.steps:
-            save(model, tokenizer, out / f"step-{step}")
-        if step == args.steps:
-            break
-    assert math.isfinite(losses[-1])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise SystemExit("the loss is not finite")
+        return value
+
+    def save(self, out: Path) -> None:
+        save(self.model, self.tokenizer, out)
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, out / "state.pt")
+
+    def restore(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--first-steps", type=int, default=6000)
+    parser.add_argument("--last-steps", type=int, default=800)
+    parser.add_argument("--rare", type=float, default=0.12, help="frequency of the rare facts in the first phase")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--error-rate", type=float, default=0.05)
-    parser.add_argument("--tokens-per-batch", type=int, default=6000)
+    parser.add_argument("--tokens-per-batch", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=500)
-    train(parser.parse_args())
+    parser.add_argument("--from-first", type=Path, help="go on from a saved folder first-N of an earlier run")
+    args = parser.parse_args()
+    training = Training(args)
+    done = 0
+    if args.from_first:
+        training.restore(args.from_first)
+        done = int(args.from_first.name.removeprefix("first-"))
+    training.phase("first", args.first_steps, args.rare, warmup=100, decay=False, done=done)
+    training.phase("last", args.last_steps, 1.0, warmup=0, decay=True)
+    save(training.model, training.tokenizer, Path(args.out) / "final")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import reasonrun
 from reasonrun.contracts import Method
@@ -16,3 +21,18 @@ def code_digests(method: type[Method]) -> dict[str, str]:
     files = {"method": Path(inspect.getfile(method)), "metrics": package / "metrics.py"}
     files.update({f"curate/{path.name}": path for path in sorted((package / "curate").glob("*.py"))})
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
+
+
+def code_changed(earlier_attempts: Sequence[Mapping[str, Any]], method: type[Method]) -> bool:
+    """Whether the last attempt that recorded its code ran other code than this one."""
+    recorded = [attempt["code"] for attempt in earlier_attempts if "code" in attempt]
+    return bool(recorded) and recorded[-1] != code_digests(method)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on; absent ones are left out."""
+    found = {"reasonrun": reasonrun.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "peft", "vllm", "pyarrow", "numpy", "math-verify"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

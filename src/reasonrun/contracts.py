@@ -8,7 +8,7 @@ Importing a plug-in module must be cheap: heavy libraries are imported where the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -44,8 +44,17 @@ class Grader(Protocol):
 
     id: str  # name and version, such as number-1; a change of behaviour bumps the version
 
+    @property
+    def settings(self) -> Settings:
+        """What else the verdict depends on."""
+        ...
+
     def grade(self, problem: Problem, text: str, *, truncated: bool) -> Score:
         """Verdict on one completion. Never raises on the policy's text."""
+        ...
+
+    def grade_many(self, items: Iterable[tuple[Problem, str, bool]]) -> Iterator[Score]:
+        """Verdicts on (problem, text, truncated) in order; slow graders work in parallel."""
         ...
 
 

@@ -11,7 +11,7 @@ from reasonrun.contracts import Grader, Task
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Problem, Sampling, digest
+from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
@@ -143,11 +143,12 @@ class Lab:
             return asks
         if turn is None:
             raise RecipeError("sample from rollouts needs turn=, the user's next message")
+        said = Message(role="user", content=turn)
         return [
             Ask(
                 problem=context.problems_by_id[rollout.problem_id],
-                messages=context.renderer.next_messages(rollout.messages, rollout.text, turn),
-                prompt_ids=context.renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, turn),
+                messages=(*rollout.messages, Message(role="assistant", content=rollout.text), said),
+                prompt_ids=context.renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, [said]),
                 parent_id=rollout.id,
             )
             for rollout in source

@@ -64,7 +64,7 @@ class ModelFolder:
         if not isinstance(stored, str) or not stored:
             raise EnvironmentProblem(
                 f"{self.path} has no chat template, so messages cannot be put to this model.",
-                hint="Use the model's instruction-tuned variant, or write a chat_template.jinja into a copy of the folder.",
+                hint="Use the instruction-tuned variant, or write a chat_template.jinja into a copy of the folder.",
             )
         return stored
 
@@ -115,7 +115,9 @@ class ModelFolder:
                 hint="Copy or download the folder again.",
             )
         if not present:
-            pickles = sorted(path.name for suffix in ("bin", "pt", "pth", "pkl") for path in self.path.glob(f"*.{suffix}"))
+            pickles = sorted(
+                path.name for suffix in ("bin", "pt", "pth", "pkl") for path in self.path.glob(f"*.{suffix}")
+            )
             found = f" It has {', '.join(pickles[:3])}, but opening a pickle runs code from it." if pickles else ""
             raise EnvironmentProblem(
                 f"{self.path} has no safetensors weights.{found}",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonrun.code_digest import code_digests
 from reasonrun.engines.scripted import Scripted
 from reasonrun.errors import Finding
 from reasonrun.hosts import scripted_host
 from reasonrun.lab import Lab
+from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
 from reasonrun.recipe import ResolvedRecipe
@@ -106,8 +106,7 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             Path(folder) / "run",
             identity={"recipe": recipe.resolved},
             command="plan",
-            code=code_digests(recipe.classes["method"]),
-            durable=False,
+            files=Files(fsync=False),
         ) as run_dir,
     ):
         context = Context(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,7 @@ from reasonrun.model_folder import ModelFolder
 from reasonrun.records import Message, digest
 
 # The date that Meta's own Llama 3 template falls back to when it cannot read a clock.
-_FIXED_DATE = datetime(2024, 7, 26)
+_FIXED_DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _QUESTION = "reasonrun-probe-question"
 _ANSWER = "reasonrun-probe-answer"
 _THOUGHT = "<think>\nreasonrun-probe-thought\n</think>\n\n"

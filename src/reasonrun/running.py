@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reasonrun.code_digest import code_digests
+from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
 from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
 from reasonrun.lab import Lab
@@ -57,15 +57,16 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         options.directory,
         identity={"recipe": recipe.resolved},
         command=options.command,
-        code=code_digests(recipe.classes["method"]),
+        attempt={"code": code_digests(recipe.classes["method"]), "versions": versions()},
+        reopen=options.redo is not None,
     ) as run_dir:
         if run_dir.finished is not None:
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
         if options.redo:
             run_dir.redo(options.redo)
-        run_dir.pending_changes = _describe(_changes(run_dir, recipe, progress))
         context = make_context(recipe, run_dir, progress, options)
+        context.recipe_changes = _describe(_changes(run_dir, recipe, progress))
         try:
             return _run(context, recipe, options)
         finally:
@@ -101,7 +102,7 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         host=host,
         progress=progress,
         check_stop=check_stop,
-        code_changed=run_dir.code_changed and not options.accept_code,
+        code_changed=not options.accept_code and code_changed(run_dir.earlier_attempts, recipe.classes["method"]),
         problems_by_id=problems,
         on_row=options.on_row,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,19 @@ from sft_rows import VOCAB, Events, write_rows
 
 from reasonrun.records import Checkpoint, SFTExample
 from reasonrun.training import SFTSettings, TrainJob
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """More threads than idle cores make a model of this size a hundred times slower; child processes inherit it."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -44,7 +57,12 @@ def make_job(tmp_path: Path, start: Checkpoint) -> JobMaker:
     """``make_job(examples, out="a", num_steps=4, lr=…)``: words that are not of the job are settings."""
 
     def make(
-        examples: Sequence[SFTExample], *, out: str = "out", num_steps: int = 4, job: dict[str, Any] | None = None, **settings: Any
+        examples: Sequence[SFTExample],
+        *,
+        out: str = "out",
+        num_steps: int = 4,
+        job: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> TrainJob:
         out_dir = tmp_path / out
         out_dir.mkdir()
@@ -66,5 +84,3 @@ def make_job(tmp_path: Path, start: Checkpoint) -> JobMaker:
 @pytest.fixture
 def events() -> Events:
     return Events()
-
-

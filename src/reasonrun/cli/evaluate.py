@@ -90,8 +90,7 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
             f"{'':8s} truncated {table['truncated_share']:.1%}, unparseable {table['unparseable_share']:.1%},"
             f" ungraded {table['ungraded_share']:.1%}"
         )
-        for name, value in table.get("pass_at_k", {}).items():
-            lines.append(f"{'':8s} pass@{name} {value:.1%}")
-        if "maj_at_k" in table:
-            lines.append(f"{'':8s} maj {table['maj_at_k']:.1%}")
+        many = {name: value for name, value in table.items() if name.startswith(("pass@", "maj@"))}
+        if table["num_samples"] > table["num_problems"]:
+            lines.append(f"{'':8s} " + ", ".join(f"{name} {value:.1%}" for name, value in many.items()))
     return lines

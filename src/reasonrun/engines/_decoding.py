@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -61,7 +61,9 @@ class Scorer:
         mask = cache.advance()
         return self._logits(ids_B[:, None], cache.lengths[:, None] - 1, cache, mask)[:, -1]
 
-    def _logits(self, ids: Tensor, positions: Tensor, cache: PromptCache | SlotCache | None, mask: Tensor | None) -> Tensor:
+    def _logits(
+        self, ids: Tensor, positions: Tensor, cache: PromptCache | SlotCache | None, mask: Tensor | None
+    ) -> Tensor:
         output = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -97,13 +99,17 @@ class Decoding:
         renderer: its tokenizer, for texts and stop strings.
         max_rows: rows decoded at once.
         prefill_tokens: prompt tokens, padding included, that go through the model at once.
+        count: told the number of tokens after each step.
     """
 
-    def __init__(self, scorer: Scorer, renderer: Renderer, *, max_rows: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, scorer: Scorer, renderer: Renderer, *, max_rows: int, prefill_tokens: int, count: Callable[[int], None]
+    ) -> None:
         self._scorer = scorer
         self._renderer = renderer
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
+        self._count = count
         self._eos_ids = frozenset(renderer.eos_ids)
         self._rows: list[_Row] = []
         self._last_ids = torch.zeros(0, dtype=torch.long, device=scorer.device)
@@ -125,6 +131,9 @@ class Decoding:
 
     def _admit(self, wanted: list[Wanted], cache: SlotCache) -> Iterator[Completion]:
         for chunk in _chunks(wanted, self._prefill_tokens):
+            num_new = sum(len(indexes) for _, indexes in chunk)
+            # Counted before memory is taken: when it runs out, this is the number of rows that did not fit.
+            self.num_rows_peak = max(self.num_rows_peak, len(self._rows) + num_new)
             prompts = [request.prompt_ids for request, _ in chunk]
             ids_PL, lengths_P = padded(prompts, self._scorer.device)
             prompt_cache = PromptCache()
@@ -139,7 +148,6 @@ class Decoding:
                 for request, indexes in chunk
                 for index in indexes
             ]
-            self.num_rows_peak = max(self.num_rows_peak, len(self._rows))
             cache.append(prompt_cache, owner_R, lengths_P[owner_R])
             self._last_ids = torch.cat([self._last_ids, owner_R])  # placeholders until the first token is chosen
             yield from self._accept(logits_PV[owner_R], cache, first_row)
@@ -158,6 +166,7 @@ class Decoding:
             )
         for row, token_id in zip(rows, chosen, strict=True):
             row.ids.append(token_id)
+        self._count(len(rows))
         if sampling.logprobs:
             for row, logp in zip(rows, token_logps(logits_BV, ids_B).tolist(), strict=True):
                 row.logps.append(logp)
@@ -255,9 +264,6 @@ def _take(pending: deque[Wanted], num_rows: int) -> list[Wanted]:
     return taken
 
 
-OutOfMemory = Callable[[BaseException], bool]
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch failed for want of memory, on a GPU or in its CPU allocator."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -265,7 +271,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def free_memory(device: torch.device) -> Any:
+def free_memory(device: torch.device) -> None:
     """Give cached blocks back to the device, so that a smaller batch finds one piece of memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reasonrun.errors import EnvironmentProblem
+
 ATTENTION = "reasonrun_slots"
 # Room for new tokens beyond the longest row; the block grows by half its size when that is used up.
 _HEADROOM = 32
@@ -127,17 +129,20 @@ class SlotCache:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [B, heads, T, D], key and value [B, key heads, L, D] -> [B, T, heads, D].
+    """Attention as transformers calls it: query [B, H, T, D], key and value [B, key heads, L, D] give [B, T, H, D].
 
     One new token a row on the CPU is done by two products over the key heads, which reads each key once where the
     built-in kernel first repeats keys for every query head. All else is the built-in kernel's.
 
     Raises:
-        NotImplementedError: the model wants an attention that neither computes (capped scores, sinks, biases).
+        EnvironmentProblem: the model wants an attention that neither computes (capped scores, sinks, biases).
     """
     unusual = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unusual:
-        raise NotImplementedError(f"attention with {', '.join(unusual)}")
+        raise EnvironmentProblem(
+            f"The Hugging Face engine does not compute attention with {', '.join(unusual)}, which this model needs.",
+            hint="Use engine=vllm for this model.",
+        )
     if query.shape[2] > 1 or query.device.type != "cpu" or attention_mask is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 
 BOXED = "boxed"
 MAX_NUMBER_CHARS = 500  # longer answers are no numbers: int() of 200,000 digits takes seconds
 MAX_RECORDED_CHARS = 200
 _NUM_CANDIDATES = 16  # occurrences of one marker that are tried from the end; a repeating policy writes thousands
-_MAX_BOXED_CHARS = 10_000
+_MAX_BOXED_BRACES = 10_000
 
 _ANSWER_LINE = re.compile(r"[\s*:]*([^\n]*)")
 _SENTENCE_END = re.compile(r"\.(?=\s)")
@@ -127,7 +128,7 @@ def last_boxed(text: str) -> str | None:
 
 def _balanced(text: str, start: int) -> str | None:
     depth = 1
-    for token in _BRACE.finditer(text, start, start + _MAX_BOXED_CHARS):
+    for token in islice(_BRACE.finditer(text, start), _MAX_BOXED_BRACES):
         depth += {"{": 1, "}": -1}.get(token.group(), 0)
         if depth == 0:
             return text[start : token.start()].strip()
@@ -143,12 +144,13 @@ def normalise(answer: str) -> str:
         text = _TEX_SPACE.sub("\u2009", _TEX_NOISE.sub("", text))
         text = _TEX_FRACTION.sub(r"\\frac", text)
     text = _GROUPED.sub(lambda match: match[1].replace(",", "").replace("\u2009", ""), text)
-    text = " ".join(text.split()).lstrip(" *_\"':,;").rstrip(" *_\"'.:,;")
-    for opening, closing in ("{}", "()"):
-        inner = text[1:-1]
-        if text[:1] == opening and text[-1:] == closing and opening not in inner and closing not in inner:
-            text = inner.strip()
-    return text
+    return _without_outer("{}", " ".join(text.split()).lstrip(' *_":,;').rstrip(' *_".:,;'))
+
+
+def _without_outer(brackets: str, text: str) -> str:
+    inner = text[1:-1]
+    wrapped = text[:1] + text[-1:] == brackets and not set(brackets) & set(inner)
+    return inner.strip() if wrapped else text
 
 
 def read_number(answer: str, *, units: bool = True) -> Fraction | None:
@@ -168,7 +170,7 @@ def read_number(answer: str, *, units: bool = True) -> Fraction | None:
 def _read_number(answer: str, units: bool) -> Fraction | None:
     if _INTEGER.fullmatch(answer):
         return Fraction(int(answer))
-    text = normalise(answer)
+    text = _without_outer("()", normalise(answer))
     if units and "=" in text:
         left, _, text = text.rpartition("=")
         if any(not _LEFT_SIDE.fullmatch(part) or _CONJUNCTION.search(part) for part in left.split("=")):

@@ -7,6 +7,7 @@ when first needed, and end with their parent.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -48,6 +49,16 @@ class _Worker:
     busy_since: float = 0.0
     received: bytes = b""
 
+    @property
+    def replies(self) -> IO[bytes]:
+        assert self.process.stdout is not None  # started with a pipe
+        return self.process.stdout
+
+    @property
+    def questions(self) -> IO[bytes]:
+        assert self.process.stdin is not None
+        return self.process.stdin
+
 
 @dataclass
 class _Processes:
@@ -70,10 +81,8 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _close(stream: IO[bytes]) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # bytes of a question that the dead worker never read
         stream.close()
-    except BrokenPipeError:  # bytes of a question that the dead worker never read
-        pass
 
 
 class SymbolicPool:
@@ -117,12 +126,12 @@ class SymbolicPool:
     def pump(self, timeout_seconds: float) -> None:
         """Hand out questions and collect answers; waits at most ``timeout_seconds`` for the first one."""
         self._hand_out()
-        workers = {worker.process.stdout: worker for worker in self._processes.workers}
+        workers = {worker.replies.fileno(): worker for worker in self._processes.workers}
         if not workers:
             return
         readable, _, _ = select.select(list(workers), [], [], timeout_seconds)
-        for stream in readable:
-            self._receive(workers[stream])
+        for descriptor in readable:
+            self._receive(workers[descriptor])
         self._end_stalled()
         self._hand_out()
 
@@ -163,18 +172,14 @@ class SymbolicPool:
     def _ask(self, worker: _Worker, ticket: Ticket) -> None:
         worker.ticket, worker.busy_since = ticket, time.monotonic()
         question = {"id": ticket.num_attempts, "reference": ticket.reference, "answer": ticket.answer}
-        stdin = worker.process.stdin
-        assert stdin is not None
         try:
-            stdin.write(json.dumps(question).encode("ascii") + b"\n")
-            stdin.flush()
+            worker.questions.write(json.dumps(question).encode("ascii") + b"\n")
+            worker.questions.flush()
         except BrokenPipeError:  # it died while it was idle; the end of its output says so and the pair is asked again
             pass
 
     def _receive(self, worker: _Worker) -> None:
-        stdout = worker.process.stdout
-        assert stdout is not None
-        data = os.read(stdout.fileno(), 65_536)
+        data = os.read(worker.replies.fileno(), 65_536)
         if not data:
             self._bury(worker)
             return

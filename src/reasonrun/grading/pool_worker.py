@@ -54,7 +54,7 @@ def compare(reference: str, answer: str) -> str:
     math-verify is not symmetric: gold first. Its own timeouts are off because they do not hold (and need signals).
     """
     from math_verify import verify
-    from sympy.core.random import seed
+    from sympy.core.random import seed  # type: ignore[import-untyped]
 
     random.seed(0)
     seed(0)  # sympy tests equality at random points
@@ -77,7 +77,7 @@ def _parse(text: str) -> list[Any]:
         config,
         fallback_mode="no_fallback",
         extraction_mode="first_match",
-        parsing_timeout=None,  # type: ignore[arg-type]
+        parsing_timeout=None,
     )
     return parsed
 

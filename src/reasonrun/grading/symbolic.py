@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from reasonrun.grading.answers import BOXED, compile_markers, find_answer, normalise, read_number, recorded, write_number
+from reasonrun.grading.answers import (
+    BOXED,
+    compile_markers,
+    find_answer,
+    last_boxed,
+    normalise,
+    read_number,
+    recorded,
+    write_number,
+)
 from reasonrun.grading.limits import refusal
 from reasonrun.grading.number import ExtractionSettings, GradeItem
 from reasonrun.grading.pool import SymbolicPool, Ticket
@@ -22,6 +31,7 @@ from reasonrun.settings import Effect, setting
 
 _WINDOW = 4_096  # verdicts that may wait behind one slow pair, so that order costs neither memory nor idle workers
 _UNGRADED = frozenset({"deadline", "memory", "crash", "too_large", "unreadable_reference"})
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]$]|\$")
 _SPACES = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right)(?![a-z])")
 
 
@@ -93,8 +103,7 @@ class SymbolicGrader:
     def _begin(self, problem: Problem, text: str, truncated: bool) -> Score | _Waiting:
         if truncated:
             return self._verdict(None, "truncated")
-        reference = normalise_math(problem.reference)
-        if not reference:
+        if not math_source(problem.reference):
             return self._verdict(None, "unreadable_reference")
         answer = find_answer(text, self._patterns, last_number=self.settings.last_number)
         if answer is None:
@@ -102,7 +111,8 @@ class SymbolicGrader:
         reason = quick_reason(problem.reference, answer)
         if reason is not None:
             return self._verdict(answer, reason)
-        return _Waiting(answer=answer, ticket=self._started_pool().submit(reference, normalise_math(answer)))
+        ticket = self._started_pool().submit(math_source(problem.reference), math_source(answer))
+        return _Waiting(answer=answer, ticket=ticket)
 
     def _verdict(self, answer: str | None, reason: str) -> Score:
         value = None if reason in _UNGRADED else float(reason == "correct")
@@ -118,11 +128,15 @@ class SymbolicGrader:
     def _started_pool(self) -> SymbolicPool:
         if self._pool is None:
             self._pool = SymbolicPool(
-                num_workers=self.settings.num_workers or min(8, len(os.sched_getaffinity(0))),
+                num_workers=self.settings.num_workers or min(8, _num_cores()),
                 cpu_seconds=self.settings.cpu_seconds,
                 memory_mib=self.settings.memory_mib,
             )
         return self._pool
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quick_reason(reference: str, answer: str) -> str | None:
@@ -132,9 +146,15 @@ def quick_reason(reference: str, answer: str) -> str | None:
         return "correct" if gold == stated else "wrong"
     if len(answer) <= len(reference) + 1_000 and normalise_math(answer) == normalise_math(reference):
         return "correct"
-    if refusal(normalise_math(reference)) is not None:
+    if refusal(reference) is not None:
         return "unreadable_reference"
     return refusal(answer)
+
+
+@lru_cache(maxsize=16_384)
+def math_source(text: str) -> str:
+    """The LaTeX of ``text`` without box, maths delimiters and full stop; spaces stay, they end TeX commands."""
+    return _DELIMITERS.sub("", last_boxed(text) or text).strip(" \t\r\n.")
 
 
 @lru_cache(maxsize=16_384)

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from reasonrun.errors import EnvironmentProblem
 
@@ -80,7 +80,7 @@ class Faults:
                 f"  points: {', '.join(FAULT_POINTS)}\n  actions: {', '.join(actions)}",
                 hint=f"unset {FAULT_VARIABLE}; it is for testing only",
             )
-        return cls(point=point, action=action, nth=int(nth or "1"))
+        return cls(point=point, action=cast(Action, action), nth=int(nth or "1"))
 
     def armed(self, point: str) -> bool:
         """Whether something may happen at ``point``; half-writes are done only then."""

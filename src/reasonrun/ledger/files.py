@@ -56,8 +56,9 @@ class Files:
         self._failed_fsync = ""
 
     def point(self, name: str) -> None:
-        """Pass a fault point."""
-        self.faults.hit(name)
+        """Pass a fault point that lies between two operations."""
+        with self.explaining(Path(name)):
+            self.faults.hit(name)
 
     @contextmanager
     def explaining(self, path: Path) -> Iterator[None]:
@@ -188,7 +189,7 @@ class Files:
         """Flush one descriptor to disk; a failure ends every later write through this object."""
         try:
             if point:
-                self.point(point)
+                self.faults.hit(point)
             os.fsync(descriptor)
         except OSError as error:
             self._failed_fsync = f"{path} could not be flushed to disk ({error.strerror}); this attempt writes no more."
@@ -232,10 +233,10 @@ class NewFile:
         with self._files.explaining(self.path):
             self._files.fsync(self._descriptor, self.path, f"{self._kind}.before_fsync")
             self.close()
-            self._files.point(f"{self._kind}.before_rename")
+            self._files.faults.hit(f"{self._kind}.before_rename")
             os.rename(self._temporary, self.path)
             self._files.sync_folder(self.path.parent)
-            self._files.point(f"{self._kind}.after_rename")
+            self._files.faults.hit(f"{self._kind}.after_rename")
         return FileEntry(self._size, self._hash.hexdigest())
 
 
@@ -278,7 +279,7 @@ def _write_all(files: Files, descriptor: int, data: bytes, point: str) -> None:
     rest = memoryview(data)
     if files.faults.armed(point):
         rest = rest[os.write(descriptor, rest[: len(rest) // 2]) :]
-    files.point(point)
+    files.faults.hit(point)
     while len(rest) > 0:
         rest = rest[os.write(descriptor, rest) :]
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -58,11 +59,12 @@ class RunLock:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor, self._pid = path, descriptor, os.getpid()
-        # A forked child shares the lock with its parent and would keep it alive after the parent's death.
-        os.register_at_fork(after_in_child=self._forget)
+        _held.add(self)
 
     @classmethod
-    def acquire(cls, path: Path, command: str, files: Files, end_orphans: Callable[[], object] = lambda: None) -> RunLock:
+    def acquire(
+        cls, path: Path, command: str, files: Files, end_orphans: Callable[[], object] = lambda: None
+    ) -> RunLock:
         """Lock ``path`` for this process.
 
         Args:
@@ -98,6 +100,18 @@ class RunLock:
         """Let the next process in. Calling it twice does no harm."""
         if self._pid == os.getpid():
             self._forget()
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked child shares the lock with its parent and would keep it alive after the parent's death."""
+    for lock in list(_held):
+        lock._forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -146,6 +160,7 @@ def _conflict(path: Path, owner: Owner | None) -> RunConflict:
         )
     since = datetime.fromtimestamp(owner.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return RunConflict(
-        f"The run directory {path.parent} is in use by process {owner.pid} on {owner.host} since {since}: {owner.command}",
+        f"The run directory {path.parent} is in use by process {owner.pid} on {owner.host} since {since}: "
+        f"{owner.command}",
         hint=f"wait for it, stop it with `kill {owner.pid}` and run the same command again, or use --run NEW",
     )

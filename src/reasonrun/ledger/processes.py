@@ -59,10 +59,12 @@ class WorkerProcess:
         return asdict(self)
 
 
-def end_processes(workers: Iterable[WorkerProcess], *, grace_seconds: float = 2.0, patience_seconds: float = 10.0) -> list[int]:
+def end_processes(
+    workers: Iterable[WorkerProcess], *, grace_seconds: float = 2.0, patience_seconds: float = 10.0
+) -> list[int]:
     """End process groups that earlier attempts left behind and wait until they are gone.
 
-    Groups get SIGTERM, after ``grace_seconds`` SIGKILL. Workers of other hosts, dead ones and reused pids are left alone.
+    Groups get SIGTERM, after ``grace_seconds`` SIGKILL. Workers of other hosts and reused pids are left alone.
 
     Returns:
         The pids that were found alive.

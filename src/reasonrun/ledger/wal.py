@@ -26,7 +26,6 @@ FLUSH_SECONDS = 2.0
 _FLUSHED = -1
 _MAX_ORDINAL = 10**9
 _READ_BYTES = 1 << 14
-_DAMAGED = "damaged"
 
 
 class Wal:
@@ -52,14 +51,13 @@ class Wal:
         self._descriptor = _open_to_read(path, files)
         try:
             self._recover(set_aside)
-            self._file = files.append(path, "wal")
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._flushed_to = self._file.size
-        self._marked_to = self._flushed_to
+        self._file = files.append(path, "wal")
+        self._flushed_to = self._marked_to = 0
         self._flushed_at = time.monotonic()
-        if self._file.size:  # rows of an earlier attempt may still be in memory only
+        if self._file.size:  # rows of an earlier attempt may still be in the page cache only
             self.flush()
 
     def __len__(self) -> int:
@@ -75,7 +73,8 @@ class Wal:
     def missing(self, num_rows: int) -> npt.NDArray[np.int64]:
         """The ordinals below ``num_rows`` that are absent, ascending."""
         present = np.zeros(num_rows, dtype=bool)
-        present[[i for i in self.ordinals() if i < num_rows]] = True
+        ordinals = self.ordinals()
+        present[ordinals[ordinals < num_rows]] = True
         return np.flatnonzero(~present)
 
     def append(self, records: Sequence[tuple[int, dict[str, Any]]]) -> None:
@@ -93,7 +92,7 @@ class Wal:
             known = lines.get(ordinal) or (self._line(ordinal) if ordinal in self else None)
             if known is None:
                 lines[ordinal] = line
-            elif known != line and _decode(known) != _decode(line):
+            elif not _equal(known, line):
                 raise self._different(ordinal)
         if not lines:
             return
@@ -118,10 +117,10 @@ class Wal:
         """One row. Raises KeyError when it is absent, RunFailed when its line has been damaged since."""
         if ordinal not in self:
             raise KeyError(ordinal)
-        found = _decode(self._line(ordinal))
-        if found is None or found[0] != ordinal:
+        line = self._line(ordinal)
+        if _ordinal(line) != ordinal:
             raise self._damage(int(self._offsets[ordinal]))
-        row: dict[str, Any] = found[1]
+        row: dict[str, Any] = _record(line)
         return row
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -162,7 +161,7 @@ class Wal:
             grown = np.full(max(ordinal + 1, 2 * len(self._offsets)), -1, dtype=np.int64)
             grown[: len(self._offsets)] = self._offsets
             self._offsets = grown
-        self._num_rows += self._offsets[ordinal] < 0
+        self._num_rows += int(self._offsets[ordinal] < 0)
         self._offsets[ordinal] = offset
 
     def _recover(self, set_aside: Callable[[str], Path]) -> None:
@@ -184,23 +183,23 @@ class Wal:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                found = _decode(line)
-                if found is None:
+                ordinal = _ordinal(line)
+                if ordinal is None:
                     # Blocks that never reached the disk read as NUL, which no line of ours contains.
                     if b"\0" not in line:
                         raise self._damage(offset)
                     first_hole = offset if first_hole < 0 else first_hole
-                elif found[0] == _FLUSHED:
-                    flushed_to = max(flushed_to, found[1])
+                elif ordinal == _FLUSHED:
+                    flushed_to = max(flushed_to, _record(line))
                 elif first_hole < 0:
-                    self._add_scanned(found[0], line, offset)
+                    self._add_scanned(ordinal, line, offset)
                 offset += len(line)
         if 0 <= first_hole < flushed_to:
             raise self._damage(first_hole)
         return offset if first_hole < 0 else first_hole
 
     def _add_scanned(self, ordinal: int, line: bytes, offset: int) -> None:
-        if ordinal in self and _decode(self._line(ordinal)) != _decode(line):
+        if ordinal in self and not _equal(self._line(ordinal), line):
             raise self._different(ordinal)
         self._index(ordinal, offset)
 
@@ -223,18 +222,20 @@ def repair(path: Path, files: Files, set_aside: Callable[[str], Path]) -> int:
     Returns:
         The number of lines that were given up.
     """
-    lines = files.read(path).splitlines(keepends=True)
-    # Marks count bytes of the old file, so they are left out, and an ordinal that stands there twice is given up.
-    found = [(line, _decode(line)) for line in lines]
-    rows = [(line, row) for line, row in found if row is not None and row[0] >= 0]
+    data = files.read(path)
     by_ordinal: dict[int, set[bytes]] = {}
-    for line, row in rows:
-        by_ordinal.setdefault(row[0], set()).add(line)
+    num_lost = 0
+    for line in data.splitlines(keepends=True):
+        ordinal = _ordinal(line)
+        if ordinal is None:
+            num_lost += 1
+        elif ordinal != _FLUSHED:  # marks count bytes of the old file
+            by_ordinal.setdefault(ordinal, set()).add(line)
     kept = [next(iter(same)) for same in by_ordinal.values() if len(same) == 1]
-    files.write_atomic(set_aside(f"{path.name}.damaged"), b"".join(lines), "json")
+    num_lost += sum(len(same) for same in by_ordinal.values() if len(same) > 1)
+    files.write_atomic(set_aside(f"{path.name}.damaged"), data, "json")
     files.write_atomic(path, b"".join(kept), "json")
-    num_marks = sum(row is not None and row[0] == _FLUSHED for _, row in found)
-    return len(lines) - num_marks - len(kept)
+    return num_lost
 
 
 def _open_to_read(path: Path, files: Files) -> int:
@@ -251,13 +252,19 @@ def _encode(ordinal: int, record: Any) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _decode(line: bytes) -> tuple[int, Any] | None:
-    """Ordinal and record of one line, or None when it is damaged."""
+def _ordinal(line: bytes) -> int | None:
+    """The ordinal of one line, or None when the line is damaged."""
     body = line[9:-1]
     if line[8:9] != b" " or line[-1:] != b"\n" or line[:8] != b"%08x" % zlib.crc32(body):
         return None
-    try:
-        ordinal, record = decode_json(body)
-    except (ValueError, TypeError):
-        return None
-    return ordinal, record
+    number = body[1 : body.find(b",")]
+    return int(number) if number.lstrip(b"-").isdigit() else None
+
+
+def _record(line: bytes) -> Any:
+    """The record of a line that verifies."""
+    return decode_json(line[line.index(b",") + 1 : -2])
+
+
+def _equal(first: bytes, second: bytes) -> bool:
+    return first == second or bool(_record(first) == _record(second))

@@ -17,7 +17,9 @@ _GROUP_BATCHES = 50
 _MIN_GROUPS = 4
 
 
-def plan_batches(lengths: Sequence[int] | npt.NDArray[np.int64], batch_size: int, num_steps: int, seed: int) -> list[Indexes]:
+def plan_batches(
+    lengths: Sequence[int] | npt.NDArray[np.int64], batch_size: int, num_steps: int, seed: int
+) -> list[Indexes]:
     """The row indexes of each optimizer step.
 
     Every epoch is a fresh permutation, grouped by length so that a batch needs little padding. The rows that do not

@@ -37,7 +37,8 @@ class SFTRows:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row."""
-        return np.diff(self.offsets)
+        lengths_N: npt.NDArray[np.int64] = np.diff(self.offsets)
+        return lengths_N
 
     @property
     def num_learnt(self) -> npt.NDArray[np.int64]:

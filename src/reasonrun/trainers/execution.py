@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from reasonrun.contracts import TrainEvents
 from reasonrun.errors import RecipeError
 from reasonrun.model_folder import ModelFolder
 from reasonrun.randomness import derive_seed
+from reasonrun.trainers import launch
 from reasonrun.trainers.batches import plan_batches
 from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
 from reasonrun.trainers.step_trainer import Objective, StepTrainer
@@ -51,8 +55,21 @@ def run_job(
             hint="Set carry_optimizer=false, or remove lora.",
         )
     transformers_logging.disable_progress_bar()
+    Path(job.out_dir).mkdir(parents=True, exist_ok=True)
+    with _process_group(job):
+        return _train(job, settings, objective, events, counts, carry=carry)
+
+
+def _train(
+    job: TrainJob,
+    settings: OptimizerSettings,
+    objective: Objective,
+    events: TrainEvents,
+    counts: dict[str, int],
+    *,
+    carry: bool,
+) -> TrainResult:
     out_dir = Path(job.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     args = _arguments(job, settings, out_dir)
     set_seed(args.seed)  # adapters are drawn before the Trainer seeds
     model, stored_dtype = _load(job, settings)
@@ -76,6 +93,28 @@ def run_job(
     if args.world_size > 1:
         dist.barrier()
     return _result(trainer.state.log_history, len(objective.lengths), settings.batch_size, counts)
+
+
+@contextmanager
+def _process_group(job: TrainJob) -> Iterator[None]:
+    if not launch.is_rank():
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # A file needs no free port; under torchrun its own store is used.
+    method = None if "MASTER_ADDR" in os.environ else f"file://{Path(job.out_dir).resolve() / 'rendezvous'}"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=method,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _arguments(job: TrainJob, settings: OptimizerSettings, out_dir: Path) -> TrainingArguments:
@@ -134,7 +173,7 @@ def _with_adapters(model: Any, lora: LoRASettings) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
@@ -153,9 +192,7 @@ def _write_outputs(model: Any, optimizer: Any, job: TrainJob, stored_dtype: torc
     write_model(model.to(stored_dtype), Path(job.start.path), out_dir / "final")
 
 
-def _result(
-    history: list[dict[str, float]], num_rows: int, batch_size: int, counts: dict[str, int]
-) -> TrainResult:
+def _result(history: list[dict[str, float]], num_rows: int, batch_size: int, counts: dict[str, int]) -> TrainResult:
     """Sums over all steps, earlier attempts included: the history travels with each checkpoint."""
     last = history[-max(1, len(history) // 10) :]
     metrics: dict[str, float] = {key: sum(row[key] for row in last) / len(last) for key in _REPORTED}

@@ -70,7 +70,9 @@ def write_moments(model: Any, optimizer: Any, target: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in _MOMENTS if moment in state}
+        tensors |= {
+            f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in _MOMENTS if moment in state
+        }
     staged = target.with_name(target.name + ".partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()

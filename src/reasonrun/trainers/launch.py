@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -190,8 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.write(options.events_fd, json.dumps(event).encode() + b"\n")
 
     try:
-        with _process_group(job):
-            result = getattr(importlib.import_module(module), name)().train(job, emit)
+        result = getattr(importlib.import_module(module), name)().train(job, emit)
     except ReasonrunError as error:
         print(error, file=sys.stderr)
         evidence = getattr(error, "evidence", {})
@@ -200,31 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     emit({"event": "result", "result": result.model_dump(mode="json")})
     return 0
-
-
-@contextmanager
-def _process_group(job: TrainJob) -> Iterator[None]:
-    if not is_rank():
-        yield
-        return
-    import torch
-    import torch.distributed as dist
-
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A file needs no free port; under torchrun its own store is used.
-    method = None if "MASTER_ADDR" in os.environ else f"file://{Path(job.out_dir).resolve() / 'rendezvous'}"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=method,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every torch reader knows
+import torch.nn.functional as F
 
 from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.examples import SFTRows

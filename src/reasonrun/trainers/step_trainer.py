@@ -97,7 +97,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 torch.cuda.empty_cache()
         finite_N = torch.isfinite(losses_N)
         if not bool(finite_N.all()):
-            raise self._not_finite("loss", [int(row) for row, ok in zip(batch, finite_N.tolist(), strict=True) if not ok])
+            raise self._not_finite("loss", batch[~finite_N.numpy()].tolist())
         self._sum_gradients(model)
         self._counts = {"num_tokens": self._objective.num_tokens(batch), "num_padded_tokens": num_padded_tokens}
         return losses_N.sum().to(self.args.device)
@@ -137,7 +137,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise RunFailed(
                 f"Out of memory at optimizer step {step + 1}: a single example does not fit. The longest of this batch"
                 f" has {self._objective.lengths[longest]} tokens ({self._objective.name(longest)}).",
-                hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use a larger device.",
+                hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use more memory.",
             )
         self._micro_batch_size = math.ceil(self._micro_batch_size / 2)
         self._events({"event": "out_of_memory", "step": step + 1, "micro_batch_size": self._micro_batch_size})
@@ -165,7 +165,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         if not math.isfinite(norm):
-            raise self._not_finite("gradient", [int(row) for row in self._plan[self.state.global_step]])
+            raise self._not_finite("gradient", self._plan[self.state.global_step].tolist())
         return norm
 
     def _not_finite(self, what: str, rows: Sequence[int]) -> RunFailed:

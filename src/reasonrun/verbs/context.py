@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reasonrun.contracts import Grader, Task, TrainEvents
+from reasonrun.errors import RunConflict
 from reasonrun.generation import Completion, Request
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
@@ -72,6 +74,7 @@ class Context:
     progress: Progress
     check_stop: Callable[[], None]
     code_changed: bool = False
+    recipe_changes: list[str] = field(default_factory=list)  # semantic fields that differ from the run's own recipe
     planned: list[PlannedStep] | None = None
     max_problems: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
@@ -85,7 +88,9 @@ class Context:
 
     @property
     def attempt_dir(self) -> Path:
-        return self.run_dir.attempt_dir
+        """Folder of this attempt; nothing in it is ever read as a result."""
+        assert self.run_dir.attempt is not None
+        return self.run_dir.attempt.path
 
     @property
     def cache_dir(self) -> Path:
@@ -94,7 +99,15 @@ class Context:
     def open_step(self, name: str, fingerprint: dict[str, Any]) -> Committed | OpenStep:
         """The committed step of that name, or the open one to work on; raises RunConflict when they differ."""
         self.check_stop()
-        return self.run_dir.step(name, fingerprint)
+        step = self.run_dir.step(name, fingerprint)
+        if isinstance(step, OpenStep) and self.recipe_changes:
+            lines = "\n  ".join(self.recipe_changes[:10])
+            raise RunConflict(
+                f"the recipe of {self.run_dir.path} changed, and step {name} would be the first to use it:\n  {lines}",
+                hint="revert the change; or start a new run with --run NEW; or, to make a committed step again with the"
+                " change, --redo STEP",
+            )
+        return step
 
     def record(self, committed: Committed, verb: str, *, new: bool) -> None:
         """Add the step's line to the metrics record; a new commit also writes it to disk."""
@@ -116,4 +129,6 @@ class Context:
         try:
             yield
         finally:
-            self.run_dir.note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})
+            line = {"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)}
+            with (self.attempt_dir / "notes.jsonl").open("a") as notes:
+                notes.write(json.dumps(line) + "\n")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
-import numpy as np
 
 from reasonrun.contracts import Grader
 from reasonrun.ledger.steps import Committed, OpenStep
@@ -48,15 +48,15 @@ def grade(ctx: Context, name: str, rollouts: RolloutSet, grader: Grader) -> Grad
 
 def _grade(ctx: Context, step: OpenStep, rollouts: RolloutSet, grader: Grader) -> Committed:
     total = len(rollouts)
-    wal = step.wal("rows", size=total)
-    pending = np.flatnonzero(~wal.done)
+    wal = step.wal()
+    pending = wal.missing(total)
     ctx.progress.begin(step.name, total, total - len(pending))
-    verdicts = grader.grade_many(_items(ctx, rollouts, pending))
     ordinals = iter(pending)
-    while chunk := list(islice(verdicts, CHUNK)):
-        wal.append([(int(next(ordinals)), score.model_dump(mode="json")) for score in chunk])
-        ctx.progress.advance(step.name, len(chunk))
-        ctx.check_stop()
+    with closing(grader.grade_many(_items(ctx, rollouts, pending))) as verdicts:
+        while chunk := list(islice(verdicts, CHUNK)):
+            wal.append([(int(next(ordinals)), score.model_dump(mode="json")) for score in chunk])
+            ctx.progress.advance(step.name, len(chunk))
+            ctx.check_stop()
     wal.flush()
     counts: Counter[str] = Counter()
     step.seal_table("rows", Score, _counted(wal, total, counts))

@@ -166,12 +166,12 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
 
 def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     total = len(job.asks) * job.n
-    wal = step.wal("rows", size=total)
-    done = wal.done
-    ctx.progress.begin(job.name, total, int(done.sum()))
-    if not done.all():
+    wal = step.wal()
+    missing = wal.missing(total)
+    ctx.progress.begin(job.name, total, total - len(missing))
+    if len(missing):
         in_flight: dict[str, int] = {}
-        for _, completions in ctx.host.generate(job.policy, _units(job, done, ctx.host.unit_rows, in_flight)):
+        for _, completions in ctx.host.generate(job.policy, _units(job, missing, ctx.host.unit_rows, in_flight)):
             wal.append([(in_flight[c.request] * job.n + c.index, _logged(c)) for c in completions])
             for key in {completion.request for completion in completions}:
                 del in_flight[key]
@@ -192,15 +192,14 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
 
 
 def _units(
-    job: SampleJob, done: npt.NDArray[np.bool_], unit_rows: int, in_flight: dict[str, int]
+    job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: dict[str, int]
 ) -> Iterator[Unit]:
     """Requests that are not complete, longest prompts first, in units of about ``unit_rows`` completions.
 
     Made when a worker asks for one, so that a million requests never stand in memory; ``in_flight`` maps the keys of
     handed-out requests to their ordinals.
     """
-    complete = done.reshape(len(job.asks), job.n).all(axis=1)
-    pending = [int(ordinal) for ordinal in np.flatnonzero(~complete)]
+    pending = [int(ordinal) for ordinal in np.unique(missing // job.n)]
     pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].prompt_ids), ordinal))
     size = max(1, unit_rows // job.n)
     for start in range(0, len(pending), size):

@@ -127,7 +127,7 @@ def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Co
         resume_from=str(resume[0]) if resume else None,
     )
     ctx.progress.begin(request.name, request.num_steps, first)
-    curve = _Curve(ctx, step, request.name, request.num_steps)
+    curve = _Curve(ctx, step, request.name)
     outcome = ctx.host.train(job, curve.receive)
     curve.commit()
     return _seal(ctx, request, step, out_dir, outcome)
@@ -137,9 +137,9 @@ class _Curve:
     """The log lines of a training step, committed with the checkpoint that covers them: a rerun of uncommitted steps
     on a device that is not deterministic must not contradict them."""
 
-    def __init__(self, ctx: Context, step: OpenStep, name: str, num_steps: int) -> None:
+    def __init__(self, ctx: Context, step: OpenStep, name: str) -> None:
         self._ctx, self._step, self._name = ctx, step, name
-        self._wal = step.wal("curve", size=num_steps + 1)
+        self._wal = step.wal("curve")
         self._waiting: list[tuple[int, dict[str, Any]]] = []
 
     def receive(self, event: dict[str, Any]) -> None:
@@ -161,8 +161,8 @@ class _Curve:
 
 
 def _seal(ctx: Context, request: TrainRequest, step: OpenStep, out_dir: Path, outcome: TrainResult) -> Committed:
-    curve = step.wal("curve", size=request.num_steps + 1)
-    step.put_json("curve.json", [curve.read(number) for number in range(request.num_steps + 1) if curve.done[number]])
+    curve = step.wal("curve")
+    step.put_json("curve", [curve.read(int(number)) for number in curve.ordinals()])
     weights = weights_digest(out_dir / "final")
     step.adopt_folder(out_dir / "final", "model")
     for extra in ("adapter", *(["optimizer"] if request.keep_optimizer else [])):

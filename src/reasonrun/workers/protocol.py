@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
@@ -21,6 +21,7 @@ from reasonrun.records import Checkpoint, Record
 from reasonrun.training import TrainJob, TrainResult
 
 WorkerRole = Literal["generation", "training"]
+M = TypeVar("M")
 
 
 class WorkerCrash(errors.RunFailed):
@@ -191,7 +192,7 @@ def decode_from_worker(line: bytes) -> FromWorker:
     return _decode(_FROM_WORKER, line)
 
 
-def _decode[M](adapter: TypeAdapter[M], line: bytes) -> M:
+def _decode(adapter: TypeAdapter[M], line: bytes) -> M:
     try:
         return adapter.validate_json(line)
     except ValidationError:
@@ -227,10 +228,9 @@ def describe_error(error: errors.ReasonrunError) -> Failed:
 
 def rebuild_error(failed: Failed) -> errors.ReasonrunError:
     """The error that was raised inside the worker: same class, message, hint, evidence and exit code."""
-    cls = getattr(errors, failed.error, errors.RunFailed)
+    cls: type[errors.ReasonrunError] = getattr(errors, failed.error, errors.RunFailed)
     if issubclass(cls, errors.Finding):
         return cls(failed.message, evidence=failed.evidence, hint=failed.hint)
     if issubclass(cls, errors.Stopped):
         return cls(failed.message, exit_code=failed.exit_code, hint=failed.hint)
-    error: errors.ReasonrunError = cls(failed.message, hint=failed.hint)
-    return error
+    return cls(failed.message, hint=failed.hint)

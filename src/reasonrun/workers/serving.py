@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import reasonrun
@@ -175,14 +175,13 @@ class _Server:
         self._channel.send(protocol.Trained(call=message.call, result=result))
 
 
-def find_class(class_path: str) -> Callable[..., Any]:
+def find_class(class_path: str) -> Any:
     """The class behind a dotted path. Raises EnvironmentProblem when this interpreter cannot import it."""
     module_name, _, class_name = class_path.rpartition(".")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module_name), class_name)
+        return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise EnvironmentProblem(
             f"the worker's interpreter {sys.executable} cannot load {class_path}: {error}",
             hint="install what is missing there, or name another interpreter with launcher.python",
         ) from error
-    return found

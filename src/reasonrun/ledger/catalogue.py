@@ -1,0 +1,102 @@
+"""What a run directory holds, read without holding it: identity, steps, fingerprints, whether it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from reasonrun.errors import RunConflict, RunFailed
+from reasonrun.ledger.files import Files, decode_json
+from reasonrun.ledger.lock import LOCK_NAME
+from reasonrun.ledger.seals import OK_NAME, read_seal, verify_files
+from reasonrun.ledger.steps import STEP_NAME, Committed, check_step_name, redo_hint
+
+RUN_NAME = "run.json"
+_OWN_NAMES = {LOCK_NAME, "attempts", "steps", "derived", "quarantine", f"{RUN_NAME}.tmp"}
+
+StepState = Literal["committed", "begun"]
+
+
+def step_states(run_path: Path) -> dict[str, StepState]:
+    """Every step of a run directory by name, whoever holds it."""
+    root = run_path / "steps"
+    states: dict[str, StepState] = {}
+    for folder in sorted({path.parent for file in (STEP_NAME, OK_NAME) for path in root.rglob(file)}):
+        name = folder.relative_to(root).as_posix()
+        with suppress(ValueError):  # checkpoints have an _OK.json of their own
+            check_step_name(name)
+            states[name] = "committed" if (folder / OK_NAME).exists() else "begun"
+    return states
+
+
+def stored_fingerprint(run_path: Path, name: str) -> Any:
+    """The fingerprint in a step's ``step.json``; None when the step was never begun. Raises RunFailed on damage."""
+    path = run_path / "steps" / name / STEP_NAME
+    if not path.is_file():
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        return decode_json(path.read_bytes())["fingerprint"]
+    raise RunFailed(f"{path} is damaged: it is no step record.", hint=redo_hint(name))
+
+
+def step_inputs(run_path: Path, name: str) -> list[str]:
+    """The steps whose results a step reads, as its fingerprint lists them."""
+    with suppress(RunFailed):
+        fingerprint = stored_fingerprint(run_path, name)
+        return list(fingerprint.get("inputs", [])) if isinstance(fingerprint, dict) else []
+    return []
+
+
+def dependents_first(name: str, inputs: Mapping[str, list[str]]) -> list[str]:
+    """``name`` and all that depends on it, each after everything that depends on it."""
+    order: list[str] = []
+    seen: set[str] = set()
+    waiting = [(name, False)]
+    while waiting:
+        step, is_expanded = waiting.pop()
+        if is_expanded:
+            order.append(step)
+        elif step not in seen:
+            seen.add(step)
+            waiting.append((step, True))
+            waiting += [(other, False) for other, read in inputs.items() if step in read]
+    return order
+
+
+def run_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity: dict[str, Any] = decode_json((path / RUN_NAME).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFailed(
+            f"{path / RUN_NAME} is damaged or unreadable ({error}).",
+            hint="restore the file, or start again with --run NEW",
+        ) from error
+    return identity
+
+
+def finished_content(path: Path, files: Files) -> dict[str, Any] | None:
+    """The content of the root seal when it and every step that it names verify (sizes)."""
+    with suppress(RunFailed):
+        seal = read_seal(path)
+        if seal is None or not (path / RUN_NAME).is_file():
+            return None
+        for name, expected in seal.content["steps"].items():
+            step = read_seal(path / "steps" / name)
+            if step is None or Committed(name, path / "steps" / name, step, files).digest != expected:
+                return None
+            verify_files(path / "steps" / name, step, files, deep=False)
+        return dict(seal.content)
+    return None
+
+
+def check_is_ours(path: Path) -> None:
+    """Refuse to make a run inside a folder that holds something else."""
+    if path.is_dir() and not (path / RUN_NAME).exists():
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in _OWN_NAMES)
+        if others:
+            raise RunConflict(
+                f"{path} is not a run directory and not empty (it holds {', '.join(others[:5])}).",
+                hint="give an empty or new folder with --run DIR",
+            )

@@ -1,0 +1,101 @@
+"""``_OK.json``: the file that makes a folder count. It is written last, and nothing without it is ever read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import reasonrun
+from reasonrun.errors import EnvironmentProblem, RunFailed
+from reasonrun.ledger.faults import FileKind
+from reasonrun.ledger.files import FileEntry, Files, decode_json, encode_json
+from reasonrun.records import digest
+
+OK_NAME = "_OK.json"
+FORMAT = 1
+"""Version of the run directory's format."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What an ``_OK.json`` says: the files of a folder by relative path, and what the step wants remembered."""
+
+    files: Mapping[str, FileEntry]
+    content: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that the seal says; stored in it, so that a damaged seal is recognised."""
+        return digest({"files": _plain(self.files), "content": self.content})
+
+
+def write_seal(folder: Path, seal: Seal, files: Files, kind: FileKind) -> None:
+    """Seal ``folder``. Every file named in ``seal`` must be durable already."""
+    value = {
+        "format": FORMAT,
+        "reasonrun": reasonrun.__version__,
+        "digest": seal.digest,
+        "files": _plain(seal.files),
+        "content": seal.content,
+    }
+    files.write_atomic(folder / OK_NAME, encode_json(value, indent=1, sort_keys=True) + b"\n", kind)
+
+
+def read_seal(folder: Path, *, hint: str = "") -> Seal | None:
+    """The seal of ``folder``; None when there is none.
+
+    Raises:
+        RunFailed: the seal is damaged.
+        EnvironmentProblem: a later version of reasonrun wrote it.
+    """
+    path = folder / OK_NAME
+    if not path.is_file():
+        return None
+    try:
+        value = decode_json(path.read_bytes())
+        if value["format"] > FORMAT:
+            raise EnvironmentProblem(
+                f"{path} has format {value['format']} (reasonrun {value['reasonrun']}); this version reads up to "
+                f"{FORMAT}.",
+                hint=f"use reasonrun {value['reasonrun']} or later for this run",
+            )
+        entries = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in value["files"].items()}
+        seal = Seal(entries, value["content"])
+        if seal.digest == value["digest"]:
+            return seal
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise RunFailed(f"{path} is damaged: its content does not match its own digest.", hint=hint)
+
+
+def verify_files(folder: Path, seal: Seal, files: Files, *, deep: bool, hint: str = "") -> None:
+    """Compare the files of a sealed folder with its seal.
+
+    Args:
+        folder: the sealed folder.
+        seal: what it should hold.
+        files: does the reading.
+        deep: read everything and compare SHA-256; otherwise sizes only.
+        hint: the way out, for the message.
+
+    Raises:
+        RunFailed: a file is missing or differs; the message names the first one.
+    """
+    for name, entry in seal.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size < 0:
+            problem = "is missing"
+        elif size != entry.size:
+            problem = f"has {size} bytes instead of {entry.size}"
+        elif deep and files.hash(path) != entry.sha256:
+            problem = "does not match its SHA-256"
+        else:
+            continue
+        raise RunFailed(f"Committed data is damaged: {path} {problem}.", hint=hint)
+
+
+def _plain(entries: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(entry) for name, entry in sorted(entries.items())}

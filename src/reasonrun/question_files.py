@@ -1,0 +1,180 @@
+"""Reading JSON-lines files that people made: every fault is found, named by file and line, and none is skipped.
+
+A reader returns the good rows and the faults; the task adds its own faults and raises them all at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reasonrun.errors import RecipeError
+
+MAX_LISTED_FAULTS = 200
+_BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One good line: where it stands (``file:line``) and its object."""
+
+    place: str
+    fields: dict[str, Any]
+
+
+def read_json_lines(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list[str]]:
+    """Rows of ``path`` and the faults found in it, each as ``file:line: what``.
+
+    Args:
+        path: a UTF-8 file with one JSON object per line; blank lines are no rows.
+        required: fields that every row must have, with their types; strings must hold text.
+
+    Raises:
+        RecipeError: there is no such file, or it cannot be read.
+    """
+    content = _content(path)
+    fault = _whole_file_fault(content)
+    if fault:
+        return [], [f"{path}:1: {fault}"]
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    rows: list[Row] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            rows.append(Row(place, _parse(line, required)))
+        except _Fault as fault_found:
+            cut_off = number == len(lines) and "not valid JSON" in str(fault_found)
+            faults.append(f"{place}: {fault_found}{'; the file ends here without a line end' if cut_off else ''}")
+    return rows, faults
+
+
+def check_row(fields: Mapping[str, Any], required: Mapping[str, type]) -> str:
+    """What is wrong with the fields of one row; empty when nothing is."""
+    for name, kind in required.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, list(fields), n=1)
+            found = f"the row has {', '.join(map(repr, fields)) or 'none'}"
+            return f"field {name!r} is missing; {f'did you mean to rename {near[0]!r}?' if near else found}"
+        value = fields[name]
+        if not isinstance(value, kind):
+            return f"field {name!r} must be {kind.__name__}, not {type(value).__name__}"
+        if isinstance(value, str) and (fault := _text_fault(value)):
+            return f"field {name!r} {fault}"
+    return ""
+
+
+def duplicates(places: Sequence[tuple[str, str]], what: str) -> list[str]:
+    """Faults for every key that occurs again; ``places`` are (key, place) in file order."""
+    first: dict[str, str] = {}
+    faults = []
+    for key, place in places:
+        if key in first:
+            faults.append(f"{place}: {what} as {first[key]}")
+        first.setdefault(key, place)
+    return faults
+
+
+def refuse(faults: Sequence[str], *, hint: str) -> NoReturn:
+    """Raise all ``faults`` as one RecipeError."""
+    shown = list(faults[:MAX_LISTED_FAULTS])
+    if len(faults) > len(shown):
+        shown.append(f"… and {len(faults) - len(shown)} more")
+    noun = "fault" if len(faults) == 1 else "faults"
+    raise RecipeError("\n".join([f"{len(faults)} {noun} in the problem files:", *shown]), hint=hint)
+
+
+class _Fault(Exception):
+    """What is wrong with one line."""
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; {_neighbours(path)}", hint="correct the path in the recipe") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder, not a file; {_neighbours(path / 'x')}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _neighbours(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    if folder != path.parent:
+        return f"{path.parent} does not exist either, the nearest existing folder is {folder}"
+    names = sorted(entry.name for entry in folder.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:8]
+    return f"{folder} has {', '.join(near)}" if near else f"{folder} is empty"
+
+
+def _whole_file_fault(content: bytes) -> str:
+    """Faults of the file as a whole, which would make every line a fault."""
+    for magic, name in _BINARY.items():
+        if content.startswith(magic):
+            return f"this is {name} data, not lines of JSON in UTF-8"
+    text = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text:
+        return "the file is empty"
+    if text.startswith(b"<"):
+        return "this is an HTML or XML page, not lines of JSON; the download probably saved an error page"
+    if text.startswith(b"["):
+        return "the file holds a JSON array; write one object per line, without brackets and commas between them"
+    if text.split(b"\n", 1)[0].strip() == b"{":
+        return "the object is spread over several lines; write one object per line"
+    return ""
+
+
+def _parse(line: bytes, required: Mapping[str, type]) -> dict[str, Any]:
+    if b"\0" in line:
+        raise _Fault(f"NUL byte in column {line.index(0) + 1}")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise _Fault(f"not UTF-8: byte 0x{byte:02x} in column {error.start + 1}; is the file Latin-1?") from None
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise _Fault(f"not valid JSON: {error.msg} in column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
+        raise _Fault(f"not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise _Fault(f"must be a JSON object, not {type(value).__name__}")
+    fault = check_row(value, required)
+    if fault:
+        raise _Fault(fault)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Fault(f"{name} is not JSON; write null or leave the field out")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise _Fault(f"field {repeated[0]!r} occurs twice")
+    return fields
+
+
+def _text_fault(text: str) -> str:
+    if not text.strip():
+        return "is empty"
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds a lone surrogate (\\u{ord(text[error.start]):04x}), half of a character"
+    return ""

@@ -1,0 +1,150 @@
+"""Several workers under one supervision: deadlines, interruption, restarts, closing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from reasonrun.errors import EnvironmentProblem, Stopped
+from reasonrun.workers import protocol
+from reasonrun.workers.process import WorkerProcess, exchange
+from reasonrun.workers.spawning import WorkerSpec
+
+TURN_SECONDS = 0.1
+_LAST_ORDINARY_STATUS = 127  # above it a shell reports a signal
+
+
+Item = tuple[int, protocol.FromWorker | protocol.WorkerCrash]
+"""What came from the worker in a slot, or how it ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a worker may take before it counts as hanging, in seconds.
+
+    ``start_seconds`` covers interpreter, imports and construction of the plug-in, ``load_seconds`` one model load,
+    ``stall_seconds`` the time without a new token or training event, ``close_seconds`` an orderly exit.
+    """
+
+    start_seconds: float = 300.0
+    load_seconds: float = 1800.0
+    stall_seconds: float = 600.0
+    close_seconds: float = 10.0
+
+
+class Crew:
+    """Up to one process per spec. ``workers`` maps the spec's index to the process that runs now."""
+
+    def __init__(self, specs: Sequence[WorkerSpec], limits: Limits, interrupted: Callable[[], int]) -> None:
+        self.specs, self.limits, self._interrupted = specs, limits, interrupted
+        self.workers: dict[int, WorkerProcess] = {}
+        self.num_starts = 0
+        self.start_seconds = 0.0
+
+    def start(self, slot: int) -> WorkerProcess:
+        """Start a process in an empty slot, without waiting for it."""
+        self.workers[slot] = WorkerProcess(self.specs[slot])
+        self.num_starts += 1
+        return self.workers[slot]
+
+    def start_missing(self) -> None:
+        """Start a process in every empty slot, and in place of every one that died while it had nothing to do."""
+        for slot in range(len(self.specs)):
+            worker = self.workers.get(slot)
+            if worker and worker.ready and worker.call is None and worker.has_exited:
+                self.end(slot)
+            if slot not in self.workers:
+                self.start(slot)
+
+    def turn(self) -> list[Item]:
+        """Wait a moment, then hand over what workers answered and which of them are gone.
+
+        A worker that is gone, or was ended here because it hung, has left its slot.
+
+        Raises:
+            Stopped: ``interrupted()`` is true; all workers are ended.
+            ReasonrunError: a worker raised it, or cannot run in its interpreter; all workers are ended.
+        """
+        try:
+            self._check_interrupted()
+            exchange(self.workers.values(), TURN_SECONDS)
+            return [item for slot, worker in list(self.workers.items()) for item in self._look_at(slot, worker)]
+        except BaseException:
+            self.end_all()
+            raise
+
+    def _check_interrupted(self) -> None:
+        if code := self._interrupted():
+            raise Stopped(
+                "stopped while workers were busy; what is committed is safe",
+                # A plain True has no code of its own.
+                exit_code=code if code is not True else Stopped.exit_code,
+                hint="the same command continues this run",
+            )
+
+    def _look_at(self, slot: int, worker: WorkerProcess) -> list[Item]:
+        items: list[Item] = []
+        for message in worker.receive():
+            match message:
+                case protocol.Failed():
+                    raise protocol.rebuild_error(message)
+                case protocol.Ready():
+                    self.start_seconds += message.seconds
+                case protocol.Hello() | protocol.Heartbeat():
+                    pass
+                case _:
+                    items.append((slot, message))
+        if worker.ended:
+            items.append((slot, self._remove(slot, None)))
+        elif reason := self._overdue(worker):
+            worker.dump_stacks()
+            items.append((slot, self._remove(slot, reason)))
+        return items
+
+    def _overdue(self, worker: WorkerProcess) -> str | None:
+        waited = worker.waited_seconds
+        if not worker.ready:
+            limit = self.limits.start_seconds
+            return f"did not start within {limit:g} s" if waited > limit else None
+        if isinstance(worker.call, protocol.Load):
+            limit = self.limits.load_seconds
+            return f"did not load the model within {limit:g} s" if waited > limit else None
+        limit = self.limits.stall_seconds
+        return f"made no progress for {limit:g} s" if worker.call and waited > limit else None
+
+    def _remove(self, slot: int, reason: str | None) -> protocol.WorkerCrash:
+        worker = self.workers.pop(slot)
+        crash = worker.crash(reason)
+        ended_itself = worker.exit_code is not None and worker.exit_code <= _LAST_ORDINARY_STATUS
+        if not worker.greeted and ended_itself:
+            raise EnvironmentProblem(
+                f"the interpreter {worker.spec.interpreter} cannot run a worker: {crash.message}",
+                hint="install this version of reasonrun there, or name another interpreter with launcher.python",
+            )
+        return crash
+
+    def end(self, slot: int) -> None:
+        """End one worker at once."""
+        if slot in self.workers:
+            self.workers.pop(slot).end()
+
+    def end_all(self) -> None:
+        """End all workers at once."""
+        for slot in list(self.workers):
+            self.end(slot)
+
+    def close(self) -> None:
+        """Let idle workers leave in order, for at most ``close_seconds``; end the rest."""
+        try:
+            leaving = [worker for worker in self.workers.values() if worker.ready and worker.call is None]
+            for worker in leaving:
+                worker.send(protocol.Exit())
+            deadline = time.monotonic() + self.limits.close_seconds
+            while leaving and time.monotonic() < deadline and not self._interrupted():
+                exchange(leaving, TURN_SECONDS)
+                for worker in leaving:
+                    worker.receive()
+                leaving = [worker for worker in leaving if not worker.ended]
+        finally:
+            self.end_all()

@@ -1,0 +1,59 @@
+"""What the ledger's tests share: the fork server for the toy run, and the bytes of a run directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FINAL_NAMES = ("steps", "metrics.jsonl", "run.json", "_OK.json")
+
+
+class ToyServer:
+    """Runs the toy in a process of its own, again and again."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("toy_run.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def run(self, path: Path, **order: Any) -> int:
+        """Exit code of one run of the toy; minus the signal's number when it was killed."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"run": str(path), **order}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> str:
+        """End the server; what its children printed to standard error."""
+        return self._process.communicate(timeout=30)[1]
+
+
+@pytest.fixture
+def toy_server() -> Iterator[ToyServer]:
+    server = ToyServer()
+    yield server
+    print(server.close())  # pytest shows it when the test fails
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing takes most of the time of a small run and proves nothing while the machine stays up."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Every file of a run that must not depend on how often it was stopped, by relative path."""
+
+    def read(path: Path) -> dict[str, bytes]:
+        paths = [found for name in FINAL_NAMES for found in [path / name, *(path / name).rglob("*")] if found.is_file()]
+        return {found.relative_to(path).as_posix(): found.read_bytes() for found in paths}
+
+    return read

@@ -1,0 +1,126 @@
+"""A small durable run, and a server that forks it: what the kill tests kill.
+
+``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``kill_after``), runs the toy in
+a forked child, which saves the imports, and answers with how the child ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reasonrun.ledger.files import Files
+from reasonrun.ledger.run_dir import RunDir
+from reasonrun.ledger.steps import Committed
+from reasonrun.records import Score
+from reasonrun.sets import Rows
+
+ROWS_PER_UNIT = 3
+Compute = Callable[[int], None]
+
+
+def toy_run(path: Path, *, num_units: int, files: Files | None = None, on_compute: Compute = lambda unit: None) -> Any:
+    """Sample, then train: every kind of file that a step can hold. Calls ``on_compute`` before each unit of work."""
+    files = files or Files()
+    with RunDir.open(path, identity={"recipe": "toy", "num_units": num_units}, command="toy", files=files) as run:
+        if run.finished is not None:
+            return run.finished
+        run.record_worker(os.getpid(), os.getpid())
+        sampled = _sample(run, num_units, on_compute)
+        trained = _train(run, sampled, path, on_compute)
+        rows = Rows.load(Score, sampled.table_paths(), path / "derived")
+        run.write_projection("metrics.jsonl", [{"step": trained.name, "mean": sum(rows.column("value")) / len(rows)}])
+        run.finish({"model": trained.digest, "num_rows": len(rows)})
+        return run.finished
+
+
+def toy_row(ordinal: int) -> Score:
+    rng = random.Random(ordinal)
+    return Score(value=rng.random(), answer=rng.choice([None, "é", str(rng.random())]), reason="wrong", grader="toy-1")
+
+
+def _sample(run: RunDir, num_units: int, on_compute: Compute) -> Committed:
+    step = run.step("round-001/sample", {"verb": "sample", "num_units": num_units})
+    if isinstance(step, Committed):
+        return step
+    wal = step.wal()
+    for unit in range(num_units):
+        ordinals = range(unit * ROWS_PER_UNIT, (unit + 1) * ROWS_PER_UNIT)
+        if all(ordinal in wal for ordinal in ordinals):
+            continue
+        on_compute(unit)
+        wal.append([(ordinal, toy_row(ordinal).model_dump()) for ordinal in ordinals])
+        if unit == num_units // 2:
+            wal.flush()
+    num_rows = step.seal_table("rows", Score, (Score(**row) for row in wal.rows()))
+    step.put_json("counts", {"wrong": num_rows})
+    return step.commit({"num_rows": num_rows})
+
+
+def _train(run: RunDir, sampled: Committed, path: Path, on_compute: Compute) -> Committed:
+    step = run.step("round-001/train", {"verb": "train", "rows": sampled.digest, "inputs": [sampled.name]})
+    if isinstance(step, Committed):
+        return step
+    assert run.attempt is not None
+    latest = step.latest_checkpoint()
+    state = 0 if latest is None else int((latest[0] / "state.txt").read_text())
+    for number in range(1 if latest is None else latest[1] + 1, 4):
+        on_compute(-number)
+        state = state * 31 + number
+        step.adopt_checkpoint(_write_model(run.attempt.path / f"checkpoint-{number}", state), number)
+    step.adopt_folder(_write_model(run.attempt.path / "final", state), "model")
+    return step.commit({"state": state})
+
+
+def _write_model(folder: Path, state: int) -> Path:
+    (folder / "shards").mkdir(parents=True)
+    (folder / "state.txt").write_text(str(state))
+    (folder / "shards" / "weights.bin").write_bytes(random.Random(state).randbytes(5000))
+    return folder
+
+
+def _child(order: dict[str, Any]) -> None:
+    os.environ["REASONRUN_FAULT"] = order.get("fault", "")
+    log = open(order["log"], "a", encoding="utf-8", buffering=1) if "log" in order else None  # noqa: SIM115
+
+    def on_compute(unit: int) -> None:
+        if log is not None:
+            log.write(f"{unit}\n")
+        time.sleep(order.get("unit_seconds", 0.0))
+
+    print(json.dumps(toy_run(Path(order["run"]), num_units=order["num_units"], on_compute=on_compute)), file=sys.stderr)
+
+
+def _serve() -> None:
+    os.fsync = lambda descriptor: None  # kill -9 loses nothing that was written; flushing takes most of the time
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(order)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        killer = threading.Timer(order["kill_after"], os.kill, (pid, signal.SIGKILL)) if "kill_after" in order else None
+        if killer is not None:
+            killer.start()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if killer is not None:
+            killer.cancel()
+            killer.join()
+        print(status, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

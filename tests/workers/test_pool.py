@@ -1,0 +1,280 @@
+"""Units reach workers and come back once each, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from worker_stubs import expected_completions, make_checkpoint, make_request
+
+from reasonrun.errors import Finding, RecipeError, RunFailed, Stopped
+from reasonrun.generation import Request
+from reasonrun.workers.pool import GenerationPool, Limits
+from reasonrun.workers.protocol import WorkerCrash
+
+MakePool = Callable[..., GenerationPool]
+
+
+def make_units(num_units: int) -> list[tuple[int, list[Request]]]:
+    """Unit ``i`` holds requests 10 i and 10 i + 1."""
+    return [(number, [make_request(10 * number), make_request(10 * number + 1)]) for number in range(num_units)]
+
+
+def expect(units: list[tuple[int, list[Request]]], weights: str = "w1") -> dict[int, object]:
+    return {number: expected_completions(requests, weights) for number, requests in units}
+
+
+def collect(answers: Iterator[tuple[int, object]]) -> dict[int, object]:
+    pairs = list(answers)
+    assert len(pairs) == len({number for number, _ in pairs})
+    return dict(pairs)
+
+
+def test_every_unit_once_over_two_workers_and_two_models(make_pool: MakePool, started: list[int]) -> None:
+    pool = make_pool(num_workers=2, noise=True)
+    units = make_units(6)
+    pool.load(make_checkpoint())
+    assert collect(pool.generate(units)) == expect(units)
+    assert (pool.num_starts, pool.num_loads) == (2, 2)
+    pool.load(make_checkpoint())
+    assert pool.num_loads == 2  # the weights are in place already
+    pool.load(make_checkpoint("w2"))
+    assert collect(pool.generate(units)) == expect(units, "w2")
+    assert (pool.num_starts, pool.num_loads) == (2, 4)
+    assert len(set(started)) == 2
+    assert 0 < pool.start_seconds < 60
+
+
+def test_closed_pool_starts_again_with_the_model_it_had(make_pool: MakePool, tmp_path: Path) -> None:
+    log_path = tmp_path / "calls"
+    pool = make_pool(log_path=str(log_path))
+    pool.load(make_checkpoint())
+    pool.close()
+    assert log_path.read_text().endswith("closed\n")  # an orderly end, not a kill
+    assert collect(pool.generate(make_units(1))) == expect(make_units(1))
+    assert pool.num_starts == 2
+
+
+def test_no_unit_is_lost_or_asked_needlessly_under_ten_kills(make_pool: MakePool, tmp_path: Path) -> None:
+    log_path = tmp_path / "calls"
+    log_path.touch()
+    pool = make_pool(num_workers=2, seconds=0.03, log_path=str(log_path))
+    units = make_units(40)
+    pool.load(make_checkpoint())
+    answers: dict[int, object] = {}
+    killed: list[str] = []
+    for number, completions in pool.generate(units):
+        assert number not in answers
+        answers[number] = completions
+        if len(killed) < 10 and len(answers) % 3 == 0:
+            pid, key = _stop_a_busy_worker(log_path, {f"request-{10 * n}" for n in answers} | set(killed))
+            # In turn the working process and the one that guards it.
+            os.kill(pid if len(killed) % 2 else psutil.Process(pid).ppid(), signal.SIGKILL)
+            killed.append(key)
+    assert answers == expect(units)
+    assert len(killed) == 10
+    calls = Counter(line.split()[1] for line in log_path.read_text().splitlines())
+    asked_again = calls - Counter(requests[0].key for _, requests in units)
+    assert asked_again <= Counter(killed)  # a kill costs the unit that it hit and no other
+    assert asked_again.total() >= 7  # the others were hit in the moment after their answer
+    assert pool.num_starts == 2 + 10
+
+
+def _stop_a_busy_worker(log_path: Path, spared: set[str]) -> tuple[int, str]:
+    """Suspend a worker that has begun a unit whose key is not spared; its pid and that key."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        pid, key = _last_call(log_path, None)
+        if key in spared:
+            time.sleep(0.005)
+            continue
+        os.kill(pid, signal.SIGSTOP)
+        # It may have gone on between the reading and the signal.
+        if _last_call(log_path, pid)[1] == key:
+            return pid, key
+        os.kill(pid, signal.SIGCONT)
+    raise AssertionError("no worker began a unit")
+
+
+def _last_call(log_path: Path, pid: int | None) -> tuple[int, str]:
+    calls = [line.split() for line in log_path.read_text().splitlines()]
+    return next((int(by), key) for by, key in reversed(calls) if pid in (None, int(by)))
+
+
+@pytest.mark.parametrize("trouble", ["hang", "hang with the lock"])
+def test_hanging_worker_leaves_its_stacks_and_its_unit_to_another(
+    make_pool: MakePool, tmp_path: Path, trouble: str
+) -> None:
+    marker_path = tmp_path / "hung-once"
+    pool = make_pool(
+        trouble=trouble,
+        trouble_keys=("request-10",),
+        marker_path=str(marker_path),
+        limits=Limits(stall_seconds=1.2),
+    )
+    pool.load(make_checkpoint())
+    assert collect(pool.generate(make_units(3))) == expect(make_units(3))
+    assert marker_path.exists()
+    assert pool.num_starts == 2
+    where = {"hang": "hang_in_python", "hang with the lock": "hang_with_the_lock"}[trouble]
+    assert f"in {where}" in (tmp_path / "attempt/logs/generation-0.log").read_text()
+
+
+def test_slow_worker_that_makes_tokens_is_left_alone(make_pool: MakePool) -> None:
+    # Four completions of 0.7 s take longer than the limit, none of them does.
+    pool = make_pool(seconds=0.7, limits=Limits(stall_seconds=2.2))
+    pool.load(make_checkpoint())
+    assert collect(pool.generate(make_units(1))) == expect(make_units(1))
+    assert pool.num_starts == 1
+
+
+def test_pause_of_the_supervisor_is_not_held_against_a_worker(make_pool: MakePool) -> None:
+    pool = make_pool(limits=Limits(stall_seconds=1.5))
+    pool.load(make_checkpoint())
+    answers = {}
+    for number, completions in pool.generate(make_units(3)):
+        answers[number] = completions
+        time.sleep(1.7 if number == 0 else 0)
+    assert answers == expect(make_units(3))
+    assert pool.num_starts == 1
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "tail"),
+    [("exit", "ended with status 9", "last words of the engine"), ("exception", "status 70", "the stub is broken")],
+)
+def test_unit_that_ends_its_worker_twice_is_named(
+    make_pool: MakePool, tmp_path: Path, trouble: str, status: str, tail: str
+) -> None:
+    log_path = tmp_path / "calls"
+    pool = make_pool(trouble=trouble, trouble_keys=("request-11",), log_path=str(log_path))
+    pool.load(make_checkpoint())
+    with pytest.raises(RunFailed) as caught:
+        list(pool.generate(make_units(3)))
+    for part in ["request-10, request-11", status, tail, "generation-0.log"]:
+        assert part in str(caught.value)
+    assert "request-20" not in str(caught.value)
+    assert [line.split()[1] for line in log_path.read_text().splitlines()].count("request-10") == 2
+    units = [(2, [make_request(20)])]
+    assert collect(pool.generate(units)) == expect(units)  # the pool works on
+
+
+def test_sigkill_is_explained(make_pool: MakePool) -> None:
+    pool = make_pool(trouble="sigkill", trouble_keys=("request-0",))
+    pool.load(make_checkpoint())
+    with pytest.raises(RunFailed, match=r"killed by signal 9 \(SIGKILL\)[\s\S]*memory ran out[\s\S]*batch size"):
+        list(pool.generate(make_units(1)))
+
+
+def test_error_for_the_user_keeps_class_evidence_and_exit_code(make_pool: MakePool) -> None:
+    pool = make_pool(trouble="finding", trouble_keys=("request-0",))
+    pool.load(make_checkpoint())
+    with pytest.raises(Finding) as caught:
+        list(pool.generate(make_units(2)))
+    assert caught.value.evidence == {"wrong": 3, "share": 0.5}
+    assert (caught.value.message, caught.value.hint, caught.value.exit_code) == ("nothing to learn", "more samples", 5)
+
+
+def test_error_of_a_plug_in_arrives_as_the_class_it_refines(make_pool: MakePool) -> None:
+    pool = make_pool(trouble="own error", trouble_keys=("request-0",))
+    pool.load(make_checkpoint())
+    with pytest.raises(RecipeError) as caught:
+        list(pool.generate(make_units(1)))
+    assert type(caught.value) is RecipeError
+    assert (caught.value.hint, caught.value.exit_code) == ("look there", 2)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("construction", "ended with status 70[\\s\\S]*the stub cannot be built"),
+        ("load", "ended with status 3"),
+        ("slow construction", r"did not start within 0\.6 s"),
+    ],
+)
+def test_worker_that_never_gets_ready_is_given_up(make_pool: MakePool, trouble: str, reason: str) -> None:
+    limits = Limits(start_seconds=0.6 if trouble == "slow construction" else 60)
+    pool = make_pool(trouble=trouble, limits=limits)
+    with pytest.raises(WorkerCrash, match=reason):
+        pool.load(make_checkpoint())
+    assert pool.num_starts == 3
+
+
+def test_missing_completion_is_noticed(make_pool: MakePool) -> None:
+    pool = make_pool(drop_last=True)
+    pool.load(make_checkpoint())
+    with pytest.raises(RunFailed, match=r"missing \[\('request-1', 1\)\]"):
+        list(pool.generate(make_units(1)))
+
+
+def test_logprobs_keep_their_order_over_workers(make_pool: MakePool) -> None:
+    pool = make_pool(num_workers=2)
+    pool.load(make_checkpoint())
+    sequences = [((number, 1), tuple(range(number % 4))) for number in range(150)]
+    expected = [[-(number + 1.0 + token_id) for token_id in range(number % 4)] for number in range(150)]
+    assert pool.logprobs(sequences) == expected
+    assert pool.logprobs([]) == []
+
+
+def test_stop_ends_busy_workers_at_once(make_pool: MakePool, started: list[int]) -> None:
+    asked_to_stop: list[int] = []
+    pool = make_pool(num_workers=2, seconds=30, interrupted=lambda: asked_to_stop[-1] if asked_to_stop else 0)
+    pool.load(make_checkpoint())
+
+    def units() -> Iterator[tuple[int, list[Request]]]:
+        yield from make_units(1)
+        asked_to_stop.append(130)
+        yield from make_units(2)[1:]
+
+    answers = pool.generate(units())
+    began = time.monotonic()
+    with pytest.raises(Stopped) as caught:
+        next(answers)
+    assert time.monotonic() - began < 1.5
+    assert caught.value.exit_code == 130
+    assert not any(_exists(pid) for pid in started)
+
+
+def test_plain_true_stops_with_the_code_of_term(make_pool: MakePool) -> None:
+    pool = make_pool(interrupted=lambda: True)
+    with pytest.raises(Stopped) as caught:
+        pool.load(make_checkpoint())
+    assert caught.value.exit_code == 75
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_caller_that_leaves_early_can_come_back(make_pool: MakePool) -> None:
+    pool = make_pool(num_workers=2, seconds=0.02)
+    pool.load(make_checkpoint())
+    answers = pool.generate(make_units(6))
+    next(answers)
+    with pytest.raises(RuntimeError, match="one generate at a time"):
+        next(pool.generate(make_units(1)))
+    answers.close()  # type: ignore[attr-defined]
+    assert collect(pool.generate(make_units(2))) == expect(make_units(2))
+
+
+def test_worker_that_dies_while_idle_costs_no_unit_its_good_name(
+    make_pool: MakePool, started: list[int], tmp_path: Path
+) -> None:
+    pool = make_pool(trouble="exit", trouble_keys=("request-0",), marker_path=str(tmp_path / "crashed-once"))
+    pool.load(make_checkpoint())
+    os.kill(started[0], signal.SIGKILL)
+    while psutil.Process(started[0]).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    # The unit ends one worker itself; were the first one counted too, it would be set aside.
+    assert collect(pool.generate(make_units(1))) == expect(make_units(1))
+    assert pool.num_starts == 3
