@@ -77,7 +77,7 @@ def run_ours(model: str, examples: list[SFTExample], num_steps: int, work_dir: P
         settings=settings.model_dump(mode="json"),
         num_steps=num_steps,
         seed=1,
-        out_dir=str(work_dir / "ours"),
+        out_dir=tempfile.mkdtemp(dir=work_dir),
     )
     result = SFT().train(job, lambda event: stamps.append(time.perf_counter()))
     return result.metrics["first_loss"], stamps[-1] - stamps[0]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from reasonrun.columns import Column, arrow_schema, columns_of, decode_column, from_arrow_rows, to_arrow_rows
+from reasonrun.columns import Column, arrow_schema, as_numpy, columns_of, decode_column, from_arrow_rows, to_arrow_rows
 from reasonrun.errors import EnvironmentProblem, RunFailed
 from reasonrun.records import Record, digest
 
@@ -109,8 +109,8 @@ class Rows(Generic[R]):
         for batch, local, places in self._grouped(self._positions(0, len(self))):
             array = _descend(batch, path)
             if not _is_whole(local, len(array)):
-                array = array.take(pa.array(local))
-            parts.append(array.to_numpy(zero_copy_only=False) if is_array else decode_column(path[-1][1], array))
+                array = array.take(pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)]))
+            parts.append(as_numpy(path[-1][1], array) if is_array else decode_column(path[-1][1], array))
             order.append(places)
         if is_array:
             kind = {"int": np.int64, "float": np.float64, "bool": np.bool_}[path[-1][1].kind]
@@ -152,7 +152,11 @@ class Rows(Generic[R]):
         records: list[Any] = [None] * len(positions)
         for batch, local, places in self._grouped(positions):
             is_run = len(local) == 1 or bool(np.all(np.diff(local) == 1))
-            part = batch.slice(int(local[0]), len(local)) if is_run else batch.take(pa.array(local))
+            part = (
+                batch.slice(int(local[0]), len(local))
+                if is_run
+                else batch.take(pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)]))
+            )
             for place, record in zip(places.tolist(), from_arrow_rows(self.record_type, part), strict=True):
                 records[place] = record
         return records
@@ -251,7 +255,7 @@ def _read_shard(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                yield batch.cast(schema)
+                yield batch if batch.schema.equals(schema) else batch.cast(schema)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

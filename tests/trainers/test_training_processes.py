@@ -38,36 +38,12 @@ def test_two_processes_end_at_the_weights_of_one_and_resume(make_job: Any, event
     assert (result.num_tokens, result.metrics.keys()) == (expected.num_tokens, expected.metrics.keys())
     assert [Path(event["path"]).name for event in events.of("checkpoint")] == ["checkpoint-2", "checkpoint-4"]
 
-    resume = {"num_processes": 2, "resume_from": f"{two.out_dir}/checkpoint-2"}
-    again = make_job(random_examples(10), out="again", job=resume, **settings)
-    assert SFT().train(again, Events()) == result
-    resumed = weights_of(Path(again.out_dir) / "final")
-    assert all(torch.equal(weight, resumed[name]) for name, weight in final.items())
-
-
-@pytest.mark.slow
-def test_every_process_ends_when_the_parent_is_killed(make_job: Any, tmp_path: Path) -> None:
-    job = make_job(random_examples(8), num_steps=20_000, job={"num_processes": 2})
-    (tmp_path / "job.json").write_text(job.model_dump_json())
-    program = (
-        "import sys; from reasonrun.trainers.sft import SFT; from reasonrun.training import TrainJob\n"
-        "SFT().train(TrainJob.model_validate_json(open(sys.argv[1]).read()), lambda e: print(e['step'], flush=True))"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "job.json")], stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert parent.stdout is not None and parent.stdout.readline() == b"1\n"
-    ranks = psutil.Process(parent.pid).children(recursive=True)
-    assert len(ranks) == 2
-    # A signal to the group reaches them, and so does the death of the parent alone, which is the harder case.
-    assert {os.getpgid(rank.pid) for rank in ranks} == {parent.pid}
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    gone, alive = psutil.wait_procs(ranks, timeout=5)
-    for rank in alive:
-        rank.kill()
-    assert (len(gone), alive) == (2, [])
+    if lora is None:
+        resume = {"num_processes": 2, "resume_from": f"{two.out_dir}/checkpoint-2"}
+        again = make_job(random_examples(10), out="again", job=resume, **settings)
+        assert SFT().train(again, Events()) == result
+        resumed = weights_of(Path(again.out_dir) / "final")
+        assert all(torch.equal(weight, resumed[name]) for name, weight in final.items())
 
 
 def rank_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> str:
@@ -82,6 +58,34 @@ def rank_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> 
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     return "stub_trainer:Stub"
+
+
+def test_every_process_ends_when_the_parent_is_killed(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = "        events({'event': 'log', 'step': 1})\n        while True: pass\n"
+    trainer = rank_program(monkeypatch, tmp_path, body)
+    job = make_job(random_examples(1), job={"num_processes": 2})
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    program = (
+        "import sys; from reasonrun.trainers import launch; from reasonrun.training import TrainJob\n"
+        "job = TrainJob.model_validate_json(open(sys.argv[1]).read())\n"
+        f"launch.train_in_processes({trainer!r}, job, lambda e: print(e['step'], flush=True))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "job.json")], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == b"1\n"
+    ranks = psutil.Process(parent.pid).children(recursive=True)
+    # A signal to the group reaches them, and so does the death of the parent alone, which is the harder case.
+    assert [os.getpgid(rank.pid) for rank in ranks] == [parent.pid] * 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    for rank in alive:
+        rank.kill()
+    assert (len(gone), alive) == (2, [])
 
 
 def test_events_of_the_first_process_and_its_result_are_relayed(

@@ -43,8 +43,9 @@ class SFTRows:
     @property
     def num_learnt(self) -> npt.NDArray[np.int64]:
         """Tokens of each row that carry loss."""
-        counts = np.concatenate([[0], np.cumsum(self.learnt)])
-        return (counts[self.offsets[1:]] - counts[self.offsets[:-1]]).astype(np.int64)
+        counts = np.concatenate([[0], np.cumsum(self.learnt)]).astype(np.int64)
+        num_learnt_N: npt.NDArray[np.int64] = counts[self.offsets[1:]] - counts[self.offsets[:-1]]
+        return num_learnt_N
 
     def slice(self, row: int) -> slice:
         """Where a row lies in the flat arrays."""
