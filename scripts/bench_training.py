@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reasonrun.columns import to_arrow_rows
 from reasonrun.records import Checkpoint, Segment, SFTExample
 from reasonrun.trainers.sft import SFT
 from reasonrun.training import SFTSettings, TrainJob
@@ -67,7 +68,7 @@ def random_model(folder: Path, layers: int, hidden: int, vocab_size: int) -> Non
 def run_ours(model: str, examples: list[SFTExample], num_steps: int, work_dir: Path) -> tuple[float, float]:
     """Loss of the first batch and seconds from the first to the last step."""
     rows_path = work_dir / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist([e.model_dump() for e in examples]), rows_path)
+    pq.write_table(pa.Table.from_batches([to_arrow_rows(SFTExample, examples)]), rows_path)
     stamps: list[float] = []
     settings = SFTSettings(lr=LEARNING_RATE, batch_size=BATCH_SIZE, schedule="linear", checkpoint_every=10**6)
     job = TrainJob(

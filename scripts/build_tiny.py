@@ -4,9 +4,10 @@
 
 One run makes tokenizer, chat template and weights. The training text is generated: solutions (a few per cent with a
 wrong step, as found text has), solutions after demonstrations or with a hint, second attempts after a first one, and
-judgements. One multiplication fact in five is familiar; the others are rare for ``--first-steps`` (the model learns
-to read, to carry numbers along, to check), and equally frequent for the short ``--last-steps``, whose length sets how
-well they are known at the end: half, so that there is something to learn. ``scripts/tiny_gates.py`` measures that.
+judgements. One multiplication fact in five is familiar, the others are rare, and the length of the first phase sets
+how well they are known: half, so that there is something to learn. The second phase, in which they hardly appear,
+trains what the methods need besides (second attempts, judgements) and lets the learning rate fall.
+``scripts/tiny_gates.py`` measures the result on the dev split.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,24 +77,39 @@ def noisy_solution(rng: random.Random, chain: Chain, error_rate: float) -> str:
     return solution_text(solve_with_mistakes(chain, wrong, rng))
 
 
-def document(rng: random.Random, error_rate: float, rare: float) -> list[tuple[Turn, bool]]:
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Shares of the kinds of conversation; the rest are judgements."""
+
+    plain: float
+    hinted: float
+    few_shot: float
+    second: float
+
+
+FIRST = Mixture(plain=0.46, hinted=0.10, few_shot=0.04, second=0.16)
+LAST = Mixture(plain=0.36, hinted=0.12, few_shot=0.04, second=0.20)
+
+
+def document(rng: random.Random, error_rate: float, rare: float, mixture: Mixture) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
+    share = [mixture.plain, mixture.hinted, mixture.few_shot, mixture.second]
     chain = draw_training_chain(rng, rare)
     question = question_text(chain, rng)
     kind = rng.random()
-    if kind < 0.50:
+    if kind < share[0]:
         return [(("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
-    if kind < 0.60:
+    if kind < sum(share[:2]):
         hinted = words.HINTED.format(question=question, answer=chain.solve()[-1].result)
         return [(("user", hinted), False), (("assistant", solution_text(chain.solve())), True)]
-    if kind < 0.64:
+    if kind < sum(share[:3]):
         turns: list[tuple[Turn, bool]] = []
         for _ in range(2):
             shot = draw_training_chain(rng, rare)
             turns.append((("user", question_text(shot, rng)), False))
             turns.append((("assistant", solution_text(shot.solve())), True))
         return [*turns, (("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
-    if kind < 0.80:
+    if kind < sum(share):
         num_wrong = 1 if rng.random() < 0.55 else 0
         first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
         second = first if rng.random() < 0.35 else noisy_solution(rng, chain, error_rate)
@@ -119,7 +136,7 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0)]
+    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0, FIRST)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
     trainer = trainers.BpeTrainer(
@@ -153,11 +170,13 @@ class Encoder:
         return ids, mask
 
 
-def batches(encoder: Encoder, seed: int, error_rate: float, rare: float, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    encoder: Encoder, seed: int, error_rate: float, rare: float, mixture: Mixture, tokens_per_batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
-        pool = sorted((encoder.encode(document(rng, error_rate, rare)) for _ in range(2048)), key=lambda item: len(item[0]))
+        pool = sorted((encoder.encode(document(rng, error_rate, rare, mixture)) for _ in range(2048)), key=lambda item: len(item[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for item in pool:
             if groups[-1] and (len(groups[-1]) + 1) * len(item[0]) > tokens_per_batch:
@@ -217,11 +236,11 @@ class Training:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
 
-    def phase(self, name: str, steps: int, rare: float, *, warmup: int, decay: bool, done: int = 0) -> None:
-        """``steps`` updates on the text of one phase; the learning rate warms up, then stays or falls to zero.
+    def phase(self, name: str, steps: int, rare: float, mixture: Mixture, *, warmup: int, decay: int, done: int = 0) -> None:
+        """``steps`` updates on the text of one phase; the learning rate warms up, stays, and falls to zero in ``decay``.
         The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
         seed = derive_seed("tiny", self.args.seed, name)
-        stream = batches(self.encoder, seed, self.args.error_rate, rare, self.args.tokens_per_batch)
+        stream = batches(self.encoder, seed, self.args.error_rate, rare, mixture, self.args.tokens_per_batch)
         begin, tokens, losses = time.monotonic(), 0, []
         for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), stream, strict=False):
             if step <= done:
@@ -229,7 +248,7 @@ class Training:
                 continue
             scale = min(1.0, step / warmup) if warmup else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * scale * ((1 - (step - 1) / steps) if decay else 1.0)
+                group["lr"] = self.args.lr * scale * (min(1.0, (steps - step + 1) / decay) if decay else 1.0)
             losses.append(self.update(ids_BT, labels_BT))
             tokens += ids_BT.numel()
             if step % 100 == 0:
@@ -266,9 +285,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=6000)
-    parser.add_argument("--last-steps", type=int, default=800)
-    parser.add_argument("--rare", type=float, default=0.12, help="frequency of the rare facts in the first phase")
+    parser.add_argument("--first-steps", type=int, default=5500)
+    parser.add_argument("--last-steps", type=int, default=600)
+    parser.add_argument("--rare", type=float, default=0.08, help="frequency of the rare facts in the first phase")
+    parser.add_argument("--rare-last", type=float, default=0.04, help="the same in the last phase")
+    parser.add_argument("--decay-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--error-rate", type=float, default=0.05)
     parser.add_argument("--tokens-per-batch", type=int, default=4000)
@@ -281,8 +302,8 @@ def main() -> None:
     if args.from_first:
         training.restore(args.from_first)
         done = int(args.from_first.name.removeprefix("first-"))
-    training.phase("first", args.first_steps, args.rare, warmup=100, decay=False, done=done)
-    training.phase("last", args.last_steps, 1.0, warmup=0, decay=True)
+    training.phase("first", args.first_steps, args.rare, FIRST, warmup=100, decay=0, done=done)
+    training.phase("last", args.last_steps, args.rare_last, LAST, warmup=0, decay=args.decay_steps)
     save(training.model, training.tokenizer, Path(args.out) / "final")
 
 

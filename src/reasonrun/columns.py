@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
@@ -116,8 +117,7 @@ def _decode_lists(column: Column, array: pa.ListArray) -> list[Any]:
     offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1].tolist()
     first = offsets[0]
     flat = decode_column(column.item, array.values.slice(first, offsets[-1] - first))
-    ends = zip(offsets[:-1], offsets[1:], strict=True)
-    return [column.container(flat[start - first : end - first]) for start, end in ends]
+    return [column.container(flat[start - first : end - first]) for start, end in pairwise(offsets)]
 
 
 def _build(record_type: type[Record], columns: Sequence[Column], values: list[list[Any]], num_rows: int) -> list[Any]:
@@ -129,7 +129,7 @@ def _build(record_type: type[Record], columns: Sequence[Column], values: list[li
 
 
 def _encode(column: Column, values: list[Any]) -> pa.Array:
-    """An Arrow array built from buffers: ``pa.array`` imports pandas where it is installed, which takes half a second."""
+    """An Arrow array built from buffers; ``pa.array`` imports pandas where it is installed, half a second."""
     present = np.fromiter((value is not None for value in values), np.bool_, len(values))
     validity = None if present.all() else pa.py_buffer(np.packbits(present, bitorder="little").tobytes())
     if column.kind == "list":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def convert_gguf(source: Path, out_dir: Path) -> None:
-    """Write the language model of a GGUF file to ``out_dir``: bfloat16 safetensors, config, tokenizer, chat template."""
+    """Write the language model of a GGUF file to ``out_dir``: bfloat16 safetensors, config, tokenizer, template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -47,7 +47,7 @@ class InProcessHost:
 class WorkerHost:
     """Worker processes, started when first needed and kept while the launcher says so."""
 
-    def __init__(self, recipe: ResolvedRecipe, run_dir: RunDir, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, recipe: ResolvedRecipe, run_dir: RunDir, interrupted: Callable[[], int]) -> None:
         self._recipe, self._run_dir, self._interrupted = recipe, run_dir, interrupted
         self._generation: GenerationPool | None = None
         self._training: dict[str, TrainingWorker] = {}

@@ -41,7 +41,9 @@ def wilson_interval(num_correct: int, num_total: int, *, confidence: float = 0.9
     centre = share + z * z / (2 * num_total)
     half = z * math.sqrt(share * (1 - share) / num_total + z * z / (4 * num_total**2))
     scale = 1 + z * z / num_total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # at the edges the bound is 0 or 1 exactly, but for rounding
+    low = 0.0 if num_correct == 0 else (centre - half) / scale
+    return low, 1.0 if num_correct == num_total else (centre + half) / scale
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

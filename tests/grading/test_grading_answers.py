@@ -19,11 +19,13 @@ PROBLEM = Problem(id="p", task="t", split="dev", messages=(Message(role="user", 
 POLICY_REASONS = {"correct", "wrong", "no_answer", "unparseable"}
 
 
+@settings(deadline=None)
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
 def test_number_reads_what_python_wrote_with_digit_groups(value: Decimal) -> None:
     assert read_number(f"{value:,}") == Fraction(value)
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**6), 10**6), st.integers(1, 10**4))
 def test_number_has_one_spelling_that_reads_back(numerator: int, denominator: int) -> None:
     number = Fraction(numerator, denominator)

@@ -24,7 +24,6 @@ from reasonrun.grading.symbolic import SymbolicGrader
 from reasonrun.records import Message, Problem
 
 SLOW_SUM = r"\sum_{n=1}^{10000000} \frac{1}{n}"
-BIG_SUM = r"(x+1)^{3000}(y+2)^{3000}(x+y)^{3000}"
 
 
 def problem(reference: str) -> Problem:
@@ -51,8 +50,9 @@ def test_deadline_ends_the_pair_and_the_next_one_is_answered(pool: SymbolicPool)
 
 
 def test_gold_comes_first(pool: SymbolicPool) -> None:
-    # a bare value answers the question "x = 5"; an equation is no answer to the question for a value of 5 and y
-    assert pool.wait(pool.submit("x=5", "5")) == "correct"
+    # math-verify takes a set as the answer where the gold is an inequality, but not the other way round
+    assert pool.wait(pool.submit("x<5", r"(-\infty,5)")) == "correct"
+    assert pool.wait(pool.submit(r"(-\infty,5)", "x<5")) == "wrong"
     assert pool.wait(pool.submit("x+1", "")) == "unparseable"
     assert pool.wait(pool.submit("", "x+1")) == "unreadable_reference"
 
@@ -77,8 +77,8 @@ def test_a_killed_worker_costs_nothing_once_and_is_a_crash_when_it_repeats(pool:
 
 
 def test_memory_is_capped_and_said_to_be_the_reason() -> None:
-    with closing(SymbolicPool(num_workers=1, cpu_seconds=20.0, memory_mib=256)) as small:
-        assert small.wait(small.submit("3", r"\prod_{i=1}^{9000} 10^{9000} + 10^{99999999}")) == "memory"
+    with closing(SymbolicPool(num_workers=1, cpu_seconds=20.0, memory_mib=128)) as small:
+        assert small.wait(small.submit("3", r"2^{900000000}")) == "memory"
         assert small.wait(small.submit("x", "x")) == "correct"
 
 
@@ -151,6 +151,7 @@ def _is_zombie(pid: int) -> bool:
     ("text", "reason"),
     [
         ("(" * 3_000 + "1" + ")" * 3_000, "unparseable"),
+        ("(" * 400 + "1" + ")" * 400, "unparseable"),
         ("7" * 200_000, "unparseable"),
         ("(10^9)!", "too_large"),
         ("100000!", "too_large"),

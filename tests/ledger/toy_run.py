@@ -1,7 +1,7 @@
 """A small durable run, and a server that forks it: what the kill tests kill.
 
-``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``kill_after``), runs the toy in
-a forked child, which saves the imports, and answers with how the child ended.
+``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``log``, ``kill_after_units``,
+``kill_seconds``), runs the toy in a forked child, which saves the imports, and answers with how the child ended.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -91,35 +90,31 @@ def _write_model(folder: Path, state: int) -> Path:
 def _child(order: dict[str, Any]) -> None:
     os.environ["REASONRUN_FAULT"] = order.get("fault", "")
     log = open(order["log"], "a", encoding="utf-8", buffering=1) if "log" in order else None  # noqa: SIM115
+    num_computed = 0
 
     def on_compute(unit: int) -> None:
+        nonlocal num_computed
+        num_computed += 1
         if log is not None:
             log.write(f"{unit}\n")
-        time.sleep(order.get("unit_seconds", 0.0))
+        if num_computed == order.get("kill_after_units"):
+            threading.Timer(order["kill_seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    print(json.dumps(toy_run(Path(order["run"]), num_units=order["num_units"], on_compute=on_compute)), file=sys.stderr)
+    toy_run(Path(order["run"]), num_units=order["num_units"], on_compute=on_compute)
 
 
 def _serve() -> None:
     os.fsync = lambda descriptor: None  # kill -9 loses nothing that was written; flushing takes most of the time
     for line in sys.stdin:
-        order = json.loads(line)
         pid = os.fork()
         if pid == 0:
             try:
-                _child(order)
+                _child(json.loads(line))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        killer = threading.Timer(order["kill_after"], os.kill, (pid, signal.SIGKILL)) if "kill_after" in order else None
-        if killer is not None:
-            killer.start()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if killer is not None:
-            killer.cancel()
-            killer.join()
-        print(status, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,29 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reasonrun.columns import arrow_schema, to_arrow_rows
 from reasonrun.records import Segment, SFTExample
 
 VOCAB = 64
-
-SEGMENT = pa.struct(
-    [
-        ("token_ids", pa.list_(pa.int32())),
-        ("src", pa.string()),
-        ("loss", pa.bool_()),
-        ("weight", pa.float64()),
-        ("step", pa.int32()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("problem_id", pa.string()),
-        ("rollout_ids", pa.list_(pa.string())),
-        ("segments", pa.list_(SEGMENT)),
-        ("weight", pa.float64()),
-        ("source", pa.string()),
-    ]
-)
 
 
 def example(
@@ -57,7 +38,9 @@ def random_examples(num: int, seed: int = 0, longest: int = 24) -> list[SFTExamp
 
 
 def write_rows(path: Path, examples: Sequence[SFTExample]) -> str:
-    pq.write_table(pa.Table.from_pylist([e.model_dump() for e in examples], schema=SCHEMA), path)
+    """A file with the columns that the ledger seals."""
+    batches = [to_arrow_rows(SFTExample, list(examples))] if examples else []
+    pq.write_table(pa.Table.from_batches(batches, schema=arrow_schema(SFTExample)), path)
     return str(path)
 
 

@@ -8,27 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import worker_stubs
+from process_checks import group_runs
 
 from reasonrun.workers.pool import GenerationPool, Limits
-
-
-def runs(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def group_runs(pgid: int) -> bool:
-    """Whether any process of the group exists and is no zombie."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
 
 
 @pytest.fixture

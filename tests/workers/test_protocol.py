@@ -41,7 +41,7 @@ def test_line_separators_lone_surrogates_and_infinities_survive() -> None:
         request="r\n",
         index=0,
         token_ids=(1,),
-        text="\u2028\x00\ud800é\r\n",
+        text="\u2028\x00\ud800é\r\n\ud83d\ude42🙂",
         finish_reason="stop",
         logps=(float("-inf"), -0.1),
     )

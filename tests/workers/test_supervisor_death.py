@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import worker_stubs
-
-from conftest import group_runs, runs
+from process_checks import group_runs, runs
 
 
 class Scene:

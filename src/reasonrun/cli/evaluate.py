@@ -56,12 +56,11 @@ def eval_command(request: EvalRequest, *, as_json: bool) -> None:
     """Measure, keep every item, print the table. The same command continues an interrupted evaluation."""
     recipe = load("eval", request.recipe_overrides())
     directory = run_directory(recipe, request.directory)
-    with StopFlag("the same command continues the evaluation") as stop:
+    with StopFlag("reasonrun eval") as stop:
         options = RunOptions(
             directory=directory,
             command="reasonrun eval",
-            interrupted=lambda: stop.is_set,
-            stop_exit_code=lambda: stop.exit_code,
+            interrupted=stop,
         )
         outcome = run(recipe, options, PlainProgress(Console(stderr=True)))
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,13 +143,15 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         app()
+    except KeyboardInterrupt:  # a second Ctrl-C: workers are dead, what is committed is safe
+        sys.exit(130)
     except ReasonrunError as error:
         if as_json:
             print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
         else:
             err.print(f"{_label(error)}: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
-        os._exit(error.exit_code) if error.exit_code == 130 else sys.exit(error.exit_code)
+        sys.exit(error.exit_code)
 
 
 def _label(error: ReasonrunError) -> str:

@@ -32,15 +32,14 @@ def train_command(
     where = run_directory(resolved, directory)
     command = " ".join(["reasonrun train", recipe, *overrides, *(["--run", str(directory)] if directory else [])])
     console = Console(stderr=True)
-    with StopFlag(f"to continue: {command}") as stop:
+    with StopFlag(command) as stop:
         options = RunOptions(
             directory=where,
             command=command,
             redo=redo,
             prune=prune,
             accept_code=accept_code,
-            interrupted=lambda: stop.is_set,
-            stop_exit_code=lambda: stop.exit_code,
+            interrupted=stop,
         )
         if console.is_terminal and not as_json:
             with BarProgress(console) as bars:

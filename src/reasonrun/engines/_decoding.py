@@ -59,7 +59,7 @@ class Scorer:
     def step(self, ids_B: Tensor, cache: SlotCache) -> Tensor:
         """Logits [B, vocabulary] after one more token a row."""
         mask = cache.advance()
-        return self._logits(ids_B[:, None], cache.lengths[:, None] - 1, cache, mask)[:, -1]
+        return self._logits(ids_B[:, None], cache.positions[:, None], cache, mask)[:, -1]
 
     def _logits(
         self, ids: Tensor, positions: Tensor, cache: PromptCache | SlotCache | None, mask: Tensor | None
@@ -70,6 +70,7 @@ class Scorer:
             past_key_values=cache,
             attention_mask=mask,
             use_cache=cache is not None,
+            **({"slots": cache} if isinstance(cache, SlotCache) else {}),
         )
         return cast(Tensor, output.logits)
 
@@ -120,7 +121,7 @@ class Decoding:
         pending = deque(wanted)
         num_wanted = sum(len(indexes) for _, indexes in pending)
         num_slots = min(self._max_rows, num_wanted)
-        cache = SlotCache(num_slots, self._scorer.device)
+        cache = SlotCache(self._scorer.device)
         while pending or self._rows:
             free = num_slots - len(self._rows)
             if pending and (free * _REFILL_SHARE >= num_slots or not self._rows):
@@ -148,7 +149,7 @@ class Decoding:
                 for request, indexes in chunk
                 for index in indexes
             ]
-            cache.append(prompt_cache, owner_R, lengths_P[owner_R])
+            cache.append(prompt_cache, lengths_P.tolist(), [len(indexes) for _, indexes in chunk])
             self._last_ids = torch.cat([self._last_ids, owner_R])  # placeholders until the first token is chosen
             yield from self._accept(logits_PV[owner_R], cache, first_row)
 

@@ -72,8 +72,8 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted
         ) from error
     except (ValueError, KeyError, ImportError) as error:
         raise _explained(folder, error) from error
-    if not getattr(model, "_supports_sdpa", False):
-        raise _unsupported(folder, "its attention is not plain scaled dot products")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise _unsupported(folder, "its attention cannot be replaced")
     AttentionInterface.register(ATTENTION, attend)
     model.set_attn_implementation(ATTENTION)
     return model

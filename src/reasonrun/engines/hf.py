@@ -189,9 +189,13 @@ class HuggingFace:
                 _explain_memory(error, smallest=rows <= 1, what="one completion", path=renderer.source)
                 self.max_batch_rows = rows // 2
                 _log.warning("out of memory with %d rows; going on with %d", rows, self.max_batch_rows)
+                failed = True
+            else:
+                failed = False
             # A traceback holds the frames, and they the tensors; only here are they gone.
             del decoding, completions
-            _free(scorer.device)
+            if failed:
+                _free(scorer.device)
 
     def _count(self, num_tokens: int) -> None:
         self.num_tokens_made += num_tokens

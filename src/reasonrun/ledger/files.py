@@ -51,8 +51,10 @@ class Files:
     (Rebello et al., USENIX ATC 2020), so every later write through the same object is refused.
     """
 
-    def __init__(self, faults: Faults | None = None) -> None:
+    def __init__(self, faults: Faults | None = None, *, durable: bool = True) -> None:
+        """``durable=False`` skips every flush to disk: for a rehearsal in a folder that is thrown away."""
         self.faults = Faults.from_environment() if faults is None else faults
+        self._durable = durable
         self._failed_fsync = ""
 
     def point(self, name: str) -> None:
@@ -190,7 +192,8 @@ class Files:
         try:
             if point:
                 self.faults.hit(point)
-            os.fsync(descriptor)
+            if self._durable:
+                os.fsync(descriptor)
         except OSError as error:
             self._failed_fsync = f"{path} could not be flushed to disk ({error.strerror}); this attempt writes no more."
             raise

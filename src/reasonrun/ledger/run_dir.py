@@ -141,6 +141,11 @@ class RunDir:
                 self._lock.release()
                 self._lock = None
 
+    @property
+    def attempt_dir(self) -> Path:
+        """Folder of this process's attempt. Raises ValueError when the directory is not held."""
+        return self._held_attempt().path
+
     def record_worker(self, pid: int, pgid: int) -> None:
         """Remember a process that this attempt started, so that the next attempt ends it if this one dies."""
         self._held_attempt().record_worker(pid, pgid)

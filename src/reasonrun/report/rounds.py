@@ -95,7 +95,7 @@ def _interval(score: tuple[float, float, float] | None) -> str:
 def format_result(result: dict[str, Any]) -> list[str]:
     """Before and after on the test split, one line per part."""
     lines = []
-    test = result["test"]
+    test = {name: result["test"][name] for name in ("base", "last", "best")}  # stored results are sorted by key
     for part in ("greedy", "sampled"):
         if part not in test["base"]:
             continue

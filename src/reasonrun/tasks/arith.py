@@ -153,12 +153,12 @@ def judge_prompt(question: str, solution: str) -> str:
 
 
 def judgement_text(steps: Sequence[Step]) -> str:
-    """The gold judgement: every step computed again and compared, then the score."""
+    """The gold judgement: every step quoted, computed again and compared, then the score."""
     lines = []
     for number, step in enumerate(steps, start=1):
         result = apply(step.left, step.operator, step.right)
         verdict = "right" if step.correct else "wrong"
-        lines.append(f"Step {number}: {step.left} {step.operator} {step.right} = {result} {verdict}")
+        lines.append(f"Step {number}: {step} , I get {result} , {verdict}")
     return "\n".join([*lines, f"[RESULT] {rubric_score(steps)}"])
 
 

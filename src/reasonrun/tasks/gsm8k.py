@@ -124,12 +124,11 @@ class Gsm8k(Task):
         return f"{solution.rpartition('####')[0]}#### {write_number(gold + offset)}"
 
     def _question(self, problem: Problem, style: str) -> Message:
+        # not str.format, and the answer only behind the question: a question may hold braces
+        before, _, after = _PROMPTS[style].strip().partition("{question}")
+        answer = problem.reference if style == "hinted" else ""
         question = problem.messages[-1].content
-        # not str.format: a question may hold braces
-        words = _PROMPTS[style].replace("{question}", question)
-        return Message(
-            role="user", content=words.replace("{answer}", problem.reference) if style == "hinted" else words
-        )
+        return Message(role="user", content=before + question + after.replace("{answer}", answer))
 
     def _exchange(self, problem: Problem, style: str) -> tuple[Message, Message]:
         return self._question(problem, style), Message(role="assistant", content=bare_solution(problem))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from reasonrun.contracts import TrainEvents
 from reasonrun.records import digest
 from reasonrun.training import TrainJob, TrainResult
 
 
 class ScriptedTrainer:
-    """Writes a checkpoint that the scripted engine understands; no arithmetic on weights takes place."""
+    """Writes a checkpoint that the scripted engine understands: its "weights" are the bytes of a script."""
 
     def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
         """One more training in the checkpoint's history. The folder's digest depends on rows, start and settings."""
@@ -24,7 +27,9 @@ class ScriptedTrainer:
             "num_trainings": trained + 1,
             "source": digest([job.start.weights, rows, job.settings, job.num_steps, job.seed]),
         }
-        (final / "scripted.json").write_text(json.dumps(content, sort_keys=True))
+        text = json.dumps(content, sort_keys=True)
+        (final / "scripted.json").write_text(text)
+        save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
         for step in range(1, job.num_steps + 1, max(1, job.num_steps // 4)):
             events({"event": "log", "step": step, "loss": 1.0 / (trained + step)})
         return TrainResult(num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)})

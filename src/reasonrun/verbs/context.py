@@ -76,7 +76,8 @@ class Context:
     code_changed: bool = False
     recipe_changes: list[str] = field(default_factory=list)  # semantic fields that differ from the run's own recipe
     planned: list[PlannedStep] | None = None
-    max_problems: int | None = None
+    max_problems: int | None = None  # in a rehearsal: the problems of a split that take part
+    tokens_per_completion: float = 0.0  # in a rehearsal: an assumed length; 0 takes the script's
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
@@ -89,8 +90,7 @@ class Context:
     @property
     def attempt_dir(self) -> Path:
         """Folder of this attempt; nothing in it is ever read as a result."""
-        assert self.run_dir.attempt is not None
-        return self.run_dir.attempt.path
+        return self.run_dir.attempt_dir
 
     @property
     def cache_dir(self) -> Path:

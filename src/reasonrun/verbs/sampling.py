@@ -117,7 +117,6 @@ def sample(ctx: Context, job: SampleJob) -> RolloutSet:
     Raises:
         RecipeError: a prompt and its completion do not fit into the model's context.
     """
-    _plan(ctx, job)
     step = ctx.open_step(job.name, job.fingerprint())
     new = isinstance(step, OpenStep)
     if isinstance(step, OpenStep):
@@ -125,14 +124,19 @@ def sample(ctx: Context, job: SampleJob) -> RolloutSet:
         with ctx.timed(job.name, "sample"):
             step = _generate(ctx, job, step)
     ctx.record(step, "sample", new=new)
+    _plan(ctx, job, step)
     rows = Rows.load(Rollout, step.table_paths("rows"), ctx.cache_dir)
     return RolloutSet(rows=rows, problems=job.problems, step=job.name, extent=job.extent.times(job.n))
 
 
-def _plan(ctx: Context, job: SampleJob) -> None:
+def _plan(ctx: Context, job: SampleJob, step: Committed) -> None:
+    """In a rehearsal: this step in the real run, with the completion length that the script had."""
     if ctx.planned is None:
         return
     rows = job.extent.times(job.n)
+    num_rows = max(1, step.result["num_rollouts"])
+    mean_tokens = ctx.tokens_per_completion or step.result["num_completion_tokens"] / num_rows
+    bytes_per_row = sum(path.stat().st_size for path in step.table_paths("rows")) / num_rows
     ctx.planned.append(
         PlannedStep(
             step=job.name,
@@ -140,9 +144,9 @@ def _plan(ctx: Context, job: SampleJob) -> None:
             unit="completions",
             units=rows,
             tokens=Extent(
-                expected=0.0, worst=rows.worst * job.sampling.max_new_tokens, exact=rows.exact
+                expected=rows.expected * mean_tokens, worst=rows.worst * job.sampling.max_new_tokens, exact=False
             ),
-            disk_bytes=rows.times(0.0),
+            disk_bytes=rows.times(bytes_per_row),
         )
     )
 

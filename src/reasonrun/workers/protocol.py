@@ -168,9 +168,10 @@ def encode(message: ToWorker | FromWorker) -> bytes:
         if _is_finite(message):
             return message.model_dump_json().encode() + b"\n"
     except PydanticSerializationError:
-        # pydantic's encoder refuses lone surrogates; the standard one escapes them, ten times slower.
+        # pydantic's encoder refuses lone surrogates; the standard one takes them, ten times slower.
         pass
-    return json.dumps(message.model_dump()).encode("ascii") + b"\n"
+    # Not escaped: two escapes in a row would be read as one character beyond the basic plane.
+    return json.dumps(message.model_dump(), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _is_finite(message: ToWorker | FromWorker) -> bool:
@@ -198,7 +199,7 @@ def _decode(adapter: TypeAdapter[M], line: bytes) -> M:
     except ValidationError:
         pass
     try:
-        return adapter.validate_python(json.loads(line))
+        return adapter.validate_python(json.loads(line.decode("utf-8", "surrogatepass")))
     except ValueError as error:
         raise ProtocolError(f"no message of the worker protocol: {line[:200]!r}: {error}") from error
 

@@ -8,13 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from process_checks import group_runs
 from worker_stubs import expected_completions, make_checkpoint, make_request
 
 from reasonrun.errors import Finding, RecipeError, RunFailed, Stopped
 from reasonrun.generation import Request
+from reasonrun.workers import process
 from reasonrun.workers.pool import GenerationPool, Limits
 from reasonrun.workers.protocol import WorkerCrash
 
@@ -134,13 +137,18 @@ def test_slow_worker_that_makes_tokens_is_left_alone(make_pool: MakePool) -> Non
     assert pool.num_starts == 1
 
 
-def test_pause_of_the_supervisor_is_not_held_against_a_worker(make_pool: MakePool) -> None:
-    pool = make_pool(limits=Limits(stall_seconds=1.5))
+def test_time_in_which_the_supervisor_did_not_look_is_not_held_against_a_worker(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(seconds=0.2, limits=Limits(stall_seconds=100))
     pool.load(make_checkpoint())
     answers = {}
+    offset_seconds = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + offset_seconds, sleep=time.sleep)
+    monkeypatch.setattr(process, "time", clock)
     for number, completions in pool.generate(make_units(3)):
         answers[number] = completions
-        time.sleep(1.7 if number == 0 else 0)
+        offset_seconds += 1000  # as after a suspended laptop, or a caller that was busy
     assert answers == expect(make_units(3))
     assert pool.num_starts == 1
 
@@ -238,7 +246,7 @@ def test_stop_ends_busy_workers_at_once(make_pool: MakePool, started: list[int])
         next(answers)
     assert time.monotonic() - began < 1.5
     assert caught.value.exit_code == 130
-    assert not any(_exists(pid) for pid in started)
+    assert not any(group_runs(pgid) for pgid in started)
 
 
 def test_plain_true_stops_with_the_code_of_term(make_pool: MakePool) -> None:
@@ -248,15 +256,7 @@ def test_plain_true_stops_with_the_code_of_term(make_pool: MakePool) -> None:
     assert caught.value.exit_code == 75
 
 
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_caller_that_leaves_early_can_come_back(make_pool: MakePool) -> None:
+def test_caller_that_leaves_early_can_come_back(make_pool: MakePool, started: list[int]) -> None:
     pool = make_pool(num_workers=2, seconds=0.02)
     pool.load(make_checkpoint())
     answers = pool.generate(make_units(6))
@@ -264,6 +264,7 @@ def test_caller_that_leaves_early_can_come_back(make_pool: MakePool) -> None:
     with pytest.raises(RuntimeError, match="one generate at a time"):
         next(pool.generate(make_units(1)))
     answers.close()  # type: ignore[attr-defined]
+    assert not any(group_runs(pgid) for pgid in started)  # both had begun a unit
     assert collect(pool.generate(make_units(2))) == expect(make_units(2))
 
 

@@ -1,0 +1,194 @@
+"""What every recipe can say besides its plug-ins' settings, and the list of all fields with their effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import GenericAlias
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, create_model, model_validator
+from pydantic.fields import FieldInfo
+
+from reasonrun.recipe_errors import models_in
+from reasonrun.settings import Effect, Settings, setting
+
+_NAME_EFFECTS = {"launcher": Effect.OPERATIONAL}
+
+
+class ModelSettings(Settings):
+    """The base policy: exactly one of ``name``, ``path`` and ``hub``."""
+
+    name: Literal["tiny", "smollm2"] | None = setting(
+        None, Effect.SEMANTIC, "A model that comes as a package: tiny with reasonrun, smollm2 with its extra."
+    )
+    path: str | None = setting(None, Effect.SEMANTIC, "Folder with safetensors weights, config and tokenizer.")
+    hub: str | None = setting(
+        None, Effect.SEMANTIC, "Model on the Hugging Face Hub, as owner/name.", pattern=r"^[\w.-]+/[\w.-]+$"
+    )
+    revision: str | None = setting(None, Effect.SEMANTIC, "Branch, tag or commit of a hub model; null takes main.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", Effect.NUMERIC, "Arithmetic of the weights; auto is bfloat16 on a GPU, float32 on the CPU."
+    )
+    trust_remote_code_commit: str | None = setting(
+        None,
+        Effect.SEMANTIC,
+        "Commit (40 hex digits) of a hub model whose own Python code may run; null runs none.",
+        pattern=r"^[0-9a-f]{40}$",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("name", "path", "hub") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of name, path and hub says where the model is; given: {', '.join(given) or 'none'}"
+                " (model.name=null takes a name back)"
+            )
+        if self.hub is None and (self.revision is not None or self.trust_remote_code_commit is not None):
+            raise ValueError("revision and trust_remote_code_commit belong to a hub model")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """How policies are measured: dev in every round, test once at the end, always with the same seed."""
+
+    seed: int = setting(17, Effect.SEMANTIC, "Seed of sampled evaluations; the same in every round and arm.")
+    style: str = setting("plain", Effect.SEMANTIC, "Prompt style; the task must know it.", min_length=1)
+    greedy: bool = setting(True, Effect.SEMANTIC, "Measure greedy decoding.")
+    num_samples: int = setting(0, Effect.SEMANTIC, "Samples per problem for pass@k and maj@k; 0 is none.", ge=0)
+    temperature: float = setting(1.0, Effect.SEMANTIC, "Temperature of those samples.", gt=0)
+    max_new_tokens: int | None = setting(
+        None, Effect.SEMANTIC, "Longest completion in tokens; null takes the method's.", ge=1
+    )
+    num_problems: int = setting(0, Effect.SEMANTIC, "Problems of a split at most, the first ones; 0 is all.", ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> Self:
+        if not self.greedy and not self.num_samples:
+            raise ValueError("nothing to measure: greedy is false and num_samples is 0")
+        return self
+
+
+class RetainSettings(Settings):
+    """Which checkpoints stay on disk when a later one has been committed."""
+
+    weights: Literal["all", "last", "best"] = setting("all", Effect.OPERATIONAL, "Weights of finished rounds to keep.")
+    optimizer: Literal["last", "all", "none"] = setting("last", Effect.OPERATIONAL, "Optimizer states to keep.")
+
+
+class Preflight(StrEnum):
+    """What to do with the checks before a run."""
+
+    OFF = "off"
+    REPORT = "report"
+    REFUSE = "refuse"
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as false
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeField:
+    """One field of a recipe: what changing it under a run means, its default (None where required), its meaning."""
+
+    effect: Effect
+    default: Any
+    description: str
+
+
+def recipe_model(
+    settings: Mapping[str, type[Settings] | None], trackers: Sequence[type[Settings] | None] | None
+) -> type[Settings]:
+    """The model of a whole recipe.
+
+    Args:
+        settings: the settings class of each section; None accepts anything (its name is wrong, and reported).
+        trackers: the settings class of each tracker; None when the value is no list.
+    """
+    sections: dict[str, Any] = {
+        section: (cls or Any, setting(... if cls else None, Effect.SEMANTIC, f"The {section}; see its own fields."))
+        for section, cls in settings.items()
+    }
+    each = (Any, ...) if trackers is None else tuple(cls or Any for cls in trackers)
+    tracker_type: Any = GenericAlias(tuple, each)
+    return create_model(
+        "Recipe",
+        __base__=Settings,
+        **sections,
+        trackers=(tracker_type, setting((), Effect.OPERATIONAL, "Where metrics are exported to.")),
+        seed=(int, setting(0, Effect.SEMANTIC, "Seed of the run: samples, batches, shuffles.", ge=0)),
+        evaluate=(
+            EvaluateSettings,
+            setting(None, Effect.SEMANTIC, "How policies are measured.", default_factory=EvaluateSettings),
+        ),
+        retain=(
+            RetainSettings,
+            setting(None, Effect.OPERATIONAL, "What stays on disk.", default_factory=RetainSettings),
+        ),
+        preflight=(
+            Annotated[Preflight, BeforeValidator(_off)],
+            setting(Preflight.REPORT, Effect.OPERATIONAL, "Checks before a run: off, report or refuse to start."),
+        ),
+    )
+
+
+def over_defaults(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` laid over the groups that fields of ``model`` have as defaults.
+
+    A method may declare ``sft: SFTSettings = SFTSettings(warmup_steps=100)``. A recipe that changes ``sft.lr`` keeps
+    the 100; pydantic alone would go back to the default of SFTSettings.
+    """
+    filled: dict[str, Any] = {}
+    for key, value in given.items():
+        info = model.model_fields.get(key)
+        inner = next(models_in(info.annotation), None) if info else None
+        if info and inner and isinstance(value, Mapping):
+            default = _default(info)
+            chosen = default.model_dump(mode="json", exclude_unset=True) if isinstance(default, inner) else {}
+            value = over_defaults(inner, _laid_over(chosen, value))
+        filled[key] = value
+    return filled
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            merged[key] = _laid_over(below[key], above[key])
+    return merged
+
+
+def fields_of(
+    model: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
+) -> Iterator[tuple[str, RecipeField]]:
+    """Every field below ``model`` by dotted path: groups first, then what is in them.
+
+    Args:
+        model: a settings class.
+        prefix: its own path.
+        instance: the default that a field of this class has, whose values then are the defaults.
+    """
+    for name, info in model.model_fields.items():
+        path = f"{prefix}.{name}" if prefix else name
+        default = getattr(instance, name) if instance is not None else _default(info)
+        group = default if isinstance(default, BaseModel) else None
+        plain = group.model_dump(mode="json") if group is not None else default
+        yield path, RecipeField(effect=_effect(path, info), default=plain, description=info.description or "")
+        if path != "trackers":
+            for inner in models_in(info.annotation):
+                yield from fields_of(inner, path, group if isinstance(group, inner) else None)
+
+
+def _default(info: FieldInfo) -> Any:
+    return None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
+
+
+def _effect(path: str, info: FieldInfo) -> Effect:
+    extra = info.json_schema_extra
+    if isinstance(extra, dict) and "effect" in extra:
+        return Effect(str(extra["effect"]))
+    section, _, rest = path.partition(".")
+    return _NAME_EFFECTS.get(section, Effect.SEMANTIC) if rest == "name" else Effect.SEMANTIC
