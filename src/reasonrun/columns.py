@@ -149,7 +149,9 @@ def _encode(column: Column, values: list[Any]) -> pa.Array:
             column.type, len(values), [validity, _offsets(map(len, texts)), pa.py_buffer(b"".join(texts))]
         )
     else:
-        numbers = np.array([0 if value is None else value for value in values], dtype=_NUMPY[column.type])
+        numbers: npt.NDArray[Any] = np.array(
+            [0 if value is None else value for value in values], dtype=_NUMPY[column.type]
+        )
         data = np.packbits(numbers, bitorder="little") if column.kind == "bool" else numbers
         return pa.Array.from_buffers(column.type, len(values), [validity, pa.py_buffer(data.tobytes())])
     return pa.Array.from_buffers(column.type, len(values), buffers, children=arrays)

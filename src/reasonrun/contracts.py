@@ -57,6 +57,10 @@ class Grader(Protocol):
         """Verdicts on (problem, text, truncated) in order; slow graders work in parallel."""
         ...
 
+    def close(self) -> None:
+        """Give grading processes back; the next call starts them again."""
+        ...
+
 
 class Task(ABC):
     """A source of problems and the way to put and check them.

@@ -37,7 +37,7 @@ class InProcessHost:
         for number, requests in units:
             yield number, list(self._engine.generate(requests))
 
-    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+    def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._trainer.train(job, events)
 
     def close(self) -> None:
@@ -65,12 +65,12 @@ class WorkerHost:
             self._loaded = checkpoint.weights
         yield from self._generation.generate(units)
 
-    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+    def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         if job.kind not in self._training:
             self._training[job.kind] = self._launcher.training(
                 TRAINERS[job.kind], recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
             )
-        return self._training[job.kind].train(job, events)
+        return self._training[job.kind].train(job, events, retry=retry)
 
     @property
     def num_starts(self) -> int:

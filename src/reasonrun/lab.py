@@ -30,6 +30,7 @@ class Lab:
         self._context = context
         self._scopes: list[str] = []
         self._names: set[str] = set()
+        self._problem_sets: dict[str, ProblemSet] = {}
         self.evaluations: list[Evaluation] = []
 
     # -- what there is -------------------------------------------------------------------------------------------
@@ -71,6 +72,8 @@ class Lab:
 
     def problems(self, split: str) -> ProblemSet:
         """All problems of a split, committed once for the whole run, so that later changes of a file are noticed."""
+        if split in self._problem_sets:
+            return self._problem_sets[split]
         context, name = self._context, f"problems/{split}"
         problems = list(context.task.problems(split))
         if not problems:
@@ -83,12 +86,14 @@ class Lab:
             "problems": digest([[problem.id, problem.reference] for problem in problems]),
         }
         step = context.open_step(name, fingerprint)
+        new = isinstance(step, OpenStep)
         if isinstance(step, OpenStep):
             step.seal_table("rows", Problem, iter(problems))
             step = step.commit({"num_problems": len(problems)})
-            context.record(step, "problems", new=True)
+        context.record(step, "problems", new=new)
         context.problems_by_id.update({problem.id: problem for problem in problems})
-        return ProblemSet(problems=problems, step=name, extent=extent)
+        self._problem_sets[split] = ProblemSet(problems=problems, step=name, extent=extent)
+        return self._problem_sets[split]
 
     def sample(
         self,

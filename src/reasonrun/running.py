@@ -59,11 +59,12 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         attempt={"code": code_digests(recipe.classes["method"]), "versions": versions()},
         reopen=options.redo is not None,
     ) as run_dir:
+        if options.redo:
+            moved = run_dir.redo(options.redo)
+            progress.say(f"to quarantine: {', '.join(moved)}")
         if run_dir.finished is not None:
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
-        if options.redo:
-            run_dir.redo(options.redo)
         context = make_context(recipe, run_dir, progress, options)
         context.recipe_changes = _describe(_changes(run_dir, recipe, progress))
         try:

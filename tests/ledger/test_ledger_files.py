@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,9 +113,12 @@ def test_a_hang_lasts_until_the_process_is_ended(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "REASONRUN_FAULT": "run.before_rename:hang", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=3)
-    process.kill()
+    try:
+        while not (tmp_path / "run" / "run.json.tmp").exists() and process.poll() is None:
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "run.json").exists()
-    shutil.rmtree(tmp_path / "run")

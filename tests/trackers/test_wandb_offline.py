@@ -41,7 +41,12 @@ def test_run_and_its_resumption_are_one_wandb_run(
     (run / "attempts" / "1" / "notes.jsonl").write_text(
         '{"step": "round-001/evaluate", "verb": "evaluate", "seconds": 1.5}\n{"step": "round-001/train", "ver'
     )
-    recipe = {"seed": 7, "method": {"name": "star", "sft": {"lr": 2e-4}}, "model": {"path": "/models/llama"}, "note": CANARY}
+    recipe = {
+        "seed": 7,
+        "method": {"name": "star", "sft": {"lr": 2e-4}},
+        "model": {"path": "/models/llama"},
+        "note": CANARY,
+    }
     for number in (1, 2, 3):
         write_round(run, number)
     rows = round_rows(1)

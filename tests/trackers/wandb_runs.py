@@ -49,7 +49,10 @@ def write_round(run: Path, number: int) -> None:
         (scope / name).mkdir(parents=True, exist_ok=True)
     (scope / "train" / "curve.json").write_text(json.dumps(curve))
     rollouts = [rollout(number, index) for index in range(6)]
-    scores = [Score(value=float(i % 2), answer=str(i), reason="correct" if i % 2 else "wrong", grader="number-1") for i in range(6)]
+    scores = [
+        Score(value=float(i % 2), answer=str(i), reason="correct" if i % 2 else "wrong", grader="number-1")
+        for i in range(6)
+    ]
     write_shards(scope / "sample", "rows", Rollout, rollouts, Files())
     write_shards(scope / "grade", "rows", Score, scores, Files())
 
@@ -141,4 +144,6 @@ def catch_up(run: Path, *arguments: str, env: dict[str, str] | None = None) -> s
     command = [sys.executable, "-P", "-m", "reasonrun.trackers.wandb", str(run), *arguments]
     path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     environment = {"WANDB_MODE": "offline", **os.environ, "PYTHONPATH": path, **(env or {})}
-    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )

@@ -74,6 +74,9 @@ class NumberGrader:
             grader=self.id,
         )
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def grade_many(self, items: Iterable[GradeItem]) -> Iterator[Score]:
         """Verdicts in the order of ``items``."""
         for problem, text, truncated in items:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
-from reasonrun.ledger.faults import FAULT_POINTS, Faults, FileKind
-
-__all__ = ["FAULT_POINTS", "AppendFile", "FileEntry", "Files", "NewFile", "decode_json", "encode_json"]
+from reasonrun.ledger.faults import Faults, FileKind
 
 _CHUNK_BYTES = 1 << 20
 
@@ -146,9 +144,7 @@ class Files:
             folder: a folder, or one file.
             point: fault point passed after each file.
         """
-        if folder.is_file():
-            return {folder.name: self._settled(folder)}
-        found: dict[str, FileEntry] = {}
+        found = {folder.name: self._settled(folder)} if folder.is_file() else {}
         for parent, folders, names in os.walk(folder):
             folders.sort()
             for name in sorted(names):
@@ -223,7 +219,7 @@ class NewFile:
         return self._size
 
     def flush(self) -> None:
-        """Nothing is buffered here; libraries call it."""
+        """Nothing is buffered."""
 
     def close(self) -> None:
         """Give the descriptor back; without ``commit`` the file never appears."""

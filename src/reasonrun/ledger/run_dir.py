@@ -226,6 +226,7 @@ class RunDir:
         """Delete steps that the method no longer reaches. Raises RunConflict for one that it has reached."""
         self._held_attempt()
         for name in names:
+            check_step_name(name)
             if name in self.reached:
                 raise RunConflict(
                     f"Step {name} is in use and cannot be pruned.", hint=f"make it again with --redo {name}"
@@ -238,6 +239,7 @@ class RunDir:
         from reasonrun.ledger import wal  # numpy is slow to import
 
         self._held_attempt()
+        check_step_name(name)
         folder = self._quarantine.new_folder() / "steps" / name
         logs = [
             path for path in own_entries(self.path / "steps" / name) if is_scratch(path) and path.suffix == ".jsonl"

@@ -48,7 +48,8 @@ def _check_component(name: str, what: str) -> None:
 
 def own_entries(folder: Path) -> list[Path]:
     """Files and folders of this step, nested steps left out; ``_OK.json`` first."""
-    paths = [path for path in folder.iterdir() if path.is_file() or path.name in STEP_FOLDERS or _is_temporary(path)]
+    present = folder.iterdir() if folder.is_dir() else []
+    paths = [path for path in present if path.is_file() or path.name in STEP_FOLDERS or _is_temporary(path)]
     return sorted(paths, key=lambda path: (path.name != OK_NAME, path.name))
 
 

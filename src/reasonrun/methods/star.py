@@ -99,6 +99,7 @@ class STaR(Method):
                 settings=config.sft,
                 num_steps=config.steps(number),
                 carry_optimizer=config.carry_optimizer and number > 1,
+                keep_optimizer=config.carry_optimizer,
             )
         return policy
 

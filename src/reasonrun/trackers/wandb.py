@@ -54,7 +54,11 @@ class Wandb:
             50, Effect.OPERATIONAL, "Graded completions in the table of each grade step; 0 sends none.", ge=0, le=10_000
         )
         finish_seconds: float = setting(
-            20.0, Effect.OPERATIONAL, "Seconds that the exporter gets at the end of a run before it is ended.", ge=0, le=600
+            20.0,
+            Effect.OPERATIONAL,
+            "Seconds that the exporter gets at the end of a run before it is ended.",
+            ge=0,
+            le=600,
         )
 
     def __init__(self, settings: Settings) -> None:

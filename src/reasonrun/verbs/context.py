@@ -31,7 +31,7 @@ class Host(Protocol):
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]: ...
 
-    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult: ...
+    def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult: ...
 
     def close(self) -> None: ...
 
@@ -111,7 +111,9 @@ class Context:
 
     def record(self, committed: Committed, verb: str, *, new: bool) -> None:
         """Add the step's line to the metrics record; a new commit also writes it to disk."""
-        row = {"step": committed.name, "verb": verb, **committed.result}
+        # Sealed results come back with sorted keys; a new one must read the same.
+        result = json.loads(json.dumps(committed.result, sort_keys=True))
+        row = {"step": committed.name, "verb": verb, **result}
         self.rows.append(row)
         if new:
             self.run_dir.write_projection("metrics.jsonl", self.rows)

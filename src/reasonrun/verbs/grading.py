@@ -14,6 +14,7 @@ from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.records import Score, digest
 from reasonrun.samples import Extent, GradedSet, RolloutSet
 from reasonrun.sets import Rows
+from reasonrun.settings import semantic
 from reasonrun.verbs.context import Context, PlannedStep
 
 CHUNK = 512
@@ -31,7 +32,7 @@ def grade(ctx: Context, name: str, rollouts: RolloutSet, grader: Grader) -> Grad
     fingerprint = {
         "verb": "grade",
         "grader": grader.id,
-        "settings": digest(grader.settings.model_dump(mode="json")),
+        "settings": semantic(grader.settings),
         "rollouts": rollouts.digest,
         "references": digest([problem.reference for problem in rollouts.problems]),
         "inputs": [rollouts.step],
@@ -57,6 +58,7 @@ def _grade(ctx: Context, step: OpenStep, rollouts: RolloutSet, grader: Grader) -
             wal.append([(int(next(ordinals)), score.model_dump(mode="json")) for score in chunk])
             ctx.progress.advance(step.name, len(chunk))
             ctx.check_stop()
+    grader.close()
     wal.flush()
     counts: Counter[str] = Counter()
     step.seal_table("rows", Score, _counted(wal, total, counts))

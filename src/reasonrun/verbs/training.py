@@ -109,12 +109,29 @@ def _plan(ctx: Context, request: TrainRequest) -> None:
 
 
 def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Committed:
-    out_dir = ctx.attempt_dir / "train" / request.name
+    curve = _Curve(ctx, step, request.name)
+
+    def job() -> TrainJob:
+        curve.forget()
+        return _job(ctx, request, step, seed)
+
+    ctx.progress.begin(request.name, request.num_steps, (step.latest_checkpoint() or (None, 0))[1])
+    outcome = ctx.host.train(job(), curve.receive, job)
+    curve.commit()
+    return _seal(ctx, request, step, _out_dir(ctx, request), outcome)
+
+
+def _out_dir(ctx: Context, request: TrainRequest) -> Path:
+    return ctx.attempt_dir / "train" / request.name
+
+
+def _job(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> TrainJob:
+    """The job from the last committed checkpoint on, with an empty folder to write into."""
+    out_dir = _out_dir(ctx, request)
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
     resume = step.latest_checkpoint()
-    first = resume[1] if resume else 0
-    job = TrainJob(
+    return TrainJob(
         kind=request.kind,
         rows=tuple(path for rows in request.rows for path in rows.paths),
         start=request.start,
@@ -126,11 +143,6 @@ def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Co
         out_dir=str(out_dir),
         resume_from=str(resume[0]) if resume else None,
     )
-    ctx.progress.begin(request.name, request.num_steps, first)
-    curve = _Curve(ctx, step, request.name)
-    outcome = ctx.host.train(job, curve.receive)
-    curve.commit()
-    return _seal(ctx, request, step, out_dir, outcome)
 
 
 class _Curve:
@@ -153,6 +165,10 @@ class _Curve:
         elif event["event"] == "note":
             self._ctx.progress.say(f"{self._name}: {event['text']}")
         self._ctx.check_stop()
+
+    def forget(self) -> None:
+        """Drop the lines after the last checkpoint: the trainer starts again from there."""
+        self._waiting = []
 
     def commit(self) -> None:
         self._wal.append(self._waiting)

@@ -1,0 +1,144 @@
+"""Whole runs on the scripted engine: replay, resume, conflicts, findings, and nothing lost."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from reasonrun.cli.progress import SilentProgress
+from reasonrun.errors import Finding, RecipeError, RunConflict, RunFailed, Stopped
+from reasonrun.recipe import load
+from reasonrun.running import RunOptions, run
+
+SMALL = ["task.num_train=12", "task.num_dev=6", "task.num_test=6", "method.rounds=2", "evaluate.num_samples=2"]
+
+
+def execute(directory, *overrides, recipe="smoke_star", **options):
+    return run(load(recipe, [*SMALL, *overrides]), RunOptions(directory=directory, **options), SilentProgress())
+
+
+def content(directory):
+    """Digest of every file outside attempts/, derived/ and quarantine/, which hold clocks and caches."""
+    skipped = {"attempts", "derived", "quarantine", "lock"}
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.relative_to(directory).parts[0] not in skipped]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clean") / "run"
+    outcome = execute(directory)
+    return directory, outcome
+
+
+def test_a_run_ends_with_a_result_and_a_second_one_writes_nothing(clean):
+    directory, outcome = clean
+    assert set(outcome.result["test"]) == {"base", "last", "best"}
+    before = content(directory), sorted(directory.glob("attempts/*"))
+    again = execute(directory)
+    assert again.already_finished and again.result == json.loads(json.dumps(outcome.result))
+    assert (content(directory), sorted(directory.glob("attempts/*"))) == before
+
+
+def test_the_same_recipe_gives_the_same_bytes(clean, tmp_path):
+    execute(tmp_path / "run")
+    assert content(tmp_path / "run") == content(clean[0])
+
+
+def test_another_seed_gives_other_samples(clean, tmp_path):
+    execute(tmp_path / "run", "seed=1")
+    name = "steps/round-001/sample/rows-00000.parquet"
+    assert content(tmp_path / "run")[name] != content(clean[0])[name]
+    greedy = "steps/round-001/evaluate/greedy/rows-00000.parquet"
+    assert content(tmp_path / "run")[greedy] == content(clean[0])[greedy]  # evaluation seeds name no run
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_a_failed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(clean, tmp_path, unit):
+    with pytest.raises(RunFailed, match=f"failed at unit {unit}"):
+        execute(tmp_path / "run", f"engine.fail_at_unit={unit}", "engine.unit_rows=8")
+    execute(tmp_path / "run", "engine.unit_rows=16")
+    mine, theirs = content(tmp_path / "run"), content(clean[0])
+    assert {k: v for k, v in mine.items() if k != "run.json"} == {k: v for k, v in theirs.items() if k != "run.json"}
+
+
+def test_a_stop_ends_with_75_and_the_same_command_continues(clean, tmp_path):
+    calls = iter(range(10_000))
+    with pytest.raises(Stopped) as stop:
+        execute(tmp_path / "run", interrupted=lambda: 75 if next(calls) > 12 else 0)
+    assert stop.value.exit_code == 75 and "same command continues" in str(stop.value)
+    execute(tmp_path / "run")
+    assert content(tmp_path / "run") == content(clean[0])
+
+
+def test_a_changed_recipe_stops_and_names_field_and_step(clean, tmp_path):
+    with pytest.raises(RunFailed):
+        execute(tmp_path / "run", "engine.fail_at_unit=1")
+    with pytest.raises(RunConflict) as conflict:
+        execute(tmp_path / "run", "method.temperature=0.5")
+    assert "method.temperature" in str(conflict.value) and "1.0 -> 0.5" in str(conflict.value)
+    assert "--run" in str(conflict.value) and conflict.value.exit_code == 4
+
+
+def test_a_finished_run_refuses_another_recipe(clean):
+    with pytest.raises(RunConflict, match=r"method\.rounds: 2 -> 1"):
+        execute(clean[0], "method.rounds=1")
+
+
+def test_operational_fields_are_free(clean):
+    assert execute(clean[0], "engine.seconds_per_unit=0.5").already_finished
+
+
+def test_nothing_to_learn_from_is_a_finding_with_counts_and_says_so_again(tmp_path):
+    for _ in range(2):
+        with pytest.raises(Finding) as finding:
+            execute(tmp_path / "run", "engine.accuracy=0", "engine.gain=0", "engine.spread=0")
+        assert finding.value.exit_code == 5
+        assert finding.value.evidence["wrong"] > 0
+        assert "best model so far: the base model" in str(finding.value)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_generated(tmp_path):
+    with pytest.raises(RecipeError, match=r"12 of 12 prompts do not fit.*context holds 768"):
+        execute(tmp_path / "run", "method.max_new_tokens=800", "evaluate.max_new_tokens=32")
+
+
+def test_every_rollout_is_used_or_left_out_with_a_reason(clean):
+    rows = [json.loads(line) for line in (clean[0] / "metrics.jsonl").read_text().splitlines()]
+    curated = [row for row in rows if row["verb"] == "curate"]
+    assert len(curated) == 2
+    for row in curated:
+        assert row["num_rows"] == row["num_examples"] + sum(row["left_out"].values())
+
+
+def test_a_hinted_rollout_is_a_row_of_its_own_and_kept_against_the_bare_prompt(clean):
+    from reasonrun.records import Rollout, SFTExample
+    from reasonrun.sets import Rows
+
+    def rows(kind, step):
+        return Rows.load(kind, sorted((clean[0] / "steps" / step).glob("rows-*.parquet")), clean[0] / "derived")
+
+    tried = {r.problem_id: r.prompt_ids for r in rows(Rollout, "round-001/evaluate/greedy")}
+    hinted = {r.id: r for r in rows(Rollout, "round-001/sample-hinted")}
+    assert all("(The answer is" in r.messages[-1].content for r in hinted.values())
+    examples = [e for e in rows(SFTExample, "round-001/star_rows") if e.source == "hinted"]
+    for example in examples:
+        assert example.segments[0].token_ids != hinted[example.rollout_ids[0]].prompt_ids
+    assert tried
+
+
+def test_redo_makes_a_step_and_its_dependents_again(clean, tmp_path):
+    execute(tmp_path / "run")
+    outcome = execute(tmp_path / "run", redo="round-002/grade")
+    assert not outcome.already_finished
+    moved = {p.parent.name for p in Path(tmp_path / "run" / "quarantine").rglob("_OK.json")}
+    assert {"grade", "train"} <= moved
+    assert content(tmp_path / "run") == content(clean[0])
+
+
+def test_fewer_rounds_need_prune(tmp_path):
+    with pytest.raises(RunFailed):
+        execute(tmp_path / "run", "engine.fail_at_unit=2", "engine.unit_rows=8", "method.rounds=3")
+    with pytest.raises(RunConflict, match="rounds"):
+        execute(tmp_path / "run", "method.rounds=1")
