@@ -117,11 +117,16 @@ def main() -> None:
     for repeat in range(arguments.repeats):
         sides = {
             "engine": (
-                c.token_ids for c in engine.generate(requests(rows, n=arguments.n, sampling=sampling, seed=repeat * 10**6))
+                c.token_ids
+                for c in engine.generate(requests(rows, n=arguments.n, sampling=sampling, seed=repeat * 10**6))
             )
         } | {
             name: run_plain(
-                model, side["rows"], renderer.eos_ids, batch_rows=arguments.batch_rows, copies=side["copies"],
+                model,
+                side["rows"],
+                renderer.eos_ids,
+                batch_rows=arguments.batch_rows,
+                copies=side["copies"],
                 sampling=sampling,
             )
             for name, side in plain_sets.items()

@@ -176,7 +176,10 @@ def batches(
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
-        pool = sorted((encoder.encode(document(rng, error_rate, rare, mixture)) for _ in range(2048)), key=lambda item: len(item[0]))
+        pool = sorted(
+            (encoder.encode(document(rng, error_rate, rare, mixture)) for _ in range(2048)),
+            key=lambda item: len(item[0]),
+        )
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for item in pool:
             if groups[-1] and (len(groups[-1]) + 1) * len(item[0]) > tokens_per_batch:
@@ -236,7 +239,9 @@ class Training:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
 
-    def phase(self, name: str, steps: int, rare: float, mixture: Mixture, *, warmup: int, decay: int, done: int = 0) -> None:
+    def phase(
+        self, name: str, steps: int, rare: float, mixture: Mixture, *, warmup: int, decay: int, done: int = 0
+    ) -> None:
         """``steps`` updates on the text of one phase; the learning rate warms up, stays, and falls to zero in ``decay``.
         The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
         seed = derive_seed("tiny", self.args.seed, name)

@@ -21,7 +21,9 @@ def execute(directory, *overrides, recipe="smoke_star", **options):
 def content(directory):
     """Digest of every file outside attempts/, derived/ and quarantine/, which hold clocks and caches."""
     skipped = {"attempts", "derived", "quarantine", "lock"}
-    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.relative_to(directory).parts[0] not in skipped]
+    files = [
+        p for p in sorted(directory.rglob("*")) if p.is_file() and p.relative_to(directory).parts[0] not in skipped
+    ]
     return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

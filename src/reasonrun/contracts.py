@@ -8,7 +8,7 @@ Importing a plug-in module must be cheap: heavy libraries are imported where the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -53,7 +53,7 @@ class Grader(Protocol):
         """Verdict on one completion. Never raises on the policy's text."""
         ...
 
-    def grade_many(self, items: Iterable[tuple[Problem, str, bool]]) -> Iterator[Score]:
+    def grade_many(self, items: Iterable[tuple[Problem, str, bool]]) -> Generator[Score]:
         """Verdicts on (problem, text, truncated) in order; slow graders work in parallel."""
         ...
 

@@ -75,12 +75,15 @@ class WorkerHost:
     @property
     def num_starts(self) -> int:
         """Worker processes started so far."""
-        pools = [*self._training.values(), *([self._generation] if self._generation else [])]
-        return sum(pool.num_starts for pool in pools)
+        return sum(pool.num_starts for pool in self._pools())
 
     def close(self) -> None:
-        for pool in [*self._training.values(), *([self._generation] if self._generation else [])]:
+        for pool in self._pools():
             pool.close()
+
+    def _pools(self) -> list[GenerationPool | TrainingWorker]:
+        generation = [] if self._generation is None else [self._generation]
+        return [*generation, *self._training.values()]
 
 
 def scripted_host(

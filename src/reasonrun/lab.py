@@ -163,7 +163,9 @@ class Lab:
         """A score for every rollout, by the task's verifier unless another grader is given."""
         return grade(self._context, self._claim(name), rollouts, grader or self._context.grader)
 
-    def curate(self, function: Curation, *sets: GradedSet | ProblemSet, name: str | None = None, **params: Any) -> ExampleSet:
+    def curate(
+        self, function: Curation, *sets: GradedSet | ProblemSet, name: str | None = None, **params: Any
+    ) -> ExampleSet:
         """Examples from graded rollouts, or from problems alone, by a pure function of one problem's rows
         (``curate/group.py``).
 
@@ -247,7 +249,8 @@ class Lab:
 
     def _max_new_tokens(self) -> int:
         recipe = self._context.recipe
-        return int(recipe.evaluate.max_new_tokens or getattr(recipe.method, "max_new_tokens", 256))
+        own: int = getattr(recipe.method, "max_new_tokens", 256)
+        return recipe.evaluate.max_new_tokens or own
 
     # -- names ---------------------------------------------------------------------------------------------------
 

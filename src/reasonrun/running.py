@@ -206,5 +206,3 @@ def run_directory(recipe: ResolvedRecipe, given: Path | None) -> Path:
         return given
     name = recipe.name if not recipe.slug else f"{recipe.name}-{recipe.slug}"
     return Path("runs") / name
-
-

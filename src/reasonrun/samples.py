@@ -115,9 +115,7 @@ class GradedSet:
     def of_problem(self, problem_id: str) -> list[Graded]:
         """The rows of one problem, in order; empty when it was not sampled."""
         start, stop = self._spans().get(problem_id, (0, 0))
-        return [
-            Graded.model_construct(rollout=self.rollouts.rows[i], score=self.scores[i]) for i in range(start, stop)
-        ]
+        return [Graded.model_construct(rollout=self.rollouts.rows[i], score=self.scores[i]) for i in range(start, stop)]
 
     def unsolved(self) -> ProblemSet:
         """The problems of which no rollout is right. Problems with nothing but ungraded rows are not among them."""

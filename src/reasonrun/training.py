@@ -37,7 +37,10 @@ class OptimizerSettings(Settings):
     max_length: int = setting(1024, Effect.SEMANTIC, "Longest example in tokens; longer ones are left out, counted.")
     lora: LoRASettings | None = setting(None, Effect.SEMANTIC, "Train low-rank adapters instead of all weights.")
     micro_batch_size: int = setting(
-        0, Effect.NUMERIC, "Examples per forward pass and device; 0 takes the whole batch, halved when memory runs out.", ge=0
+        0,
+        Effect.NUMERIC,
+        "Examples per forward pass and device; 0 takes the whole batch, halved when memory runs out.",
+        ge=0,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", Effect.NUMERIC, "Arithmetic of the forward pass; auto is bfloat16 on a GPU, float32 on the CPU."

@@ -13,7 +13,9 @@ def group():
     problem = Problem(id="p", task="t", split="train", messages=(Message(role="user", content="q"),), reference="4")
     return Group(
         problem=problem,
-        prompt=lambda style: Segment(token_ids=(*PROMPT, {"plain": 0, "few_shot": 7, "direct": 8}[style]), src="prompt", loss=False),
+        prompt=lambda style: Segment(
+            token_ids=(*PROMPT, {"plain": 0, "few_shot": 7, "direct": 8}[style]), src="prompt", loss=False
+        ),
         gold=lambda: Segment(token_ids=(4, EOS), src="gold", loss=True),
     )
 

@@ -16,7 +16,12 @@ def test_the_schedule_freezes():
 
 def test_the_defaults_are_the_papers():
     settings = STaR.Settings()
-    assert (settings.temperature, settings.num_samples, settings.rationalize, settings.init_from) == (0.0, 1, True, "base")
+    assert (settings.temperature, settings.num_samples, settings.rationalize, settings.init_from) == (
+        0.0,
+        1,
+        True,
+        "base",
+    )
     assert (settings.sft.lr, settings.sft.warmup_steps, settings.sft.batch_size) == (1e-6, 100, 8)
     assert (settings.steps_start, settings.steps_growth, settings.data_window) == (40, 1.2, "last")
     assert not settings.carry_optimizer

@@ -64,7 +64,12 @@ def test_broken_wandb(
 def test_hanging_wandb_is_ended_in_time_with_what_it_started(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    body = "def init(**_):\n    p = subprocess.Popen(['sleep', '300'])\n    open('pid', 'w').write(str(p.pid))\n    time.sleep(300)\n"
+    body = (
+        "def init(**_):\n"
+        "    p = subprocess.Popen(['sleep', '300'])\n"
+        "    open('pid', 'w').write(str(p.pid))\n"
+        "    time.sleep(300)\n"
+    )
     fake_wandb(tmp_path, body)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

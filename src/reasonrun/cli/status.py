@@ -37,7 +37,9 @@ def status_command(run: Path | None, *, as_json: bool) -> None:
 def read_run(run: Path) -> dict[str, Any]:
     """What the files of a run say. Raises RecipeError when the folder is no run."""
     if not (run / "run.json").is_file():
-        raise RecipeError(f"{run} is not a run directory: it has no run.json", hint="list the runs with: reasonrun status")
+        raise RecipeError(
+            f"{run} is not a run directory: it has no run.json", hint="list the runs with: reasonrun status"
+        )
     rows = read_lines(run / "metrics.jsonl")
     done = run / "_OK.json"
     notes = [note for path in sorted(run.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]

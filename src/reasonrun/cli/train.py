@@ -58,7 +58,9 @@ def show(outcome: Outcome) -> None:
     if outcome.already_finished:
         typer.echo(f"{directory} is finished; nothing to do")
     rows = read_lines(directory / "metrics.jsonl")
-    seconds = seconds_by_step(note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path))
+    seconds = seconds_by_step(
+        note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path)
+    )
     typer.echo("")
     for line in format_table(round_table(rows, seconds)):
         typer.echo(line)

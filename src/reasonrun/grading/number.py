@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from pydantic import field_validator
 
@@ -77,7 +77,7 @@ class NumberGrader:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def grade_many(self, items: Iterable[GradeItem]) -> Iterator[Score]:
+    def grade_many(self, items: Iterable[GradeItem]) -> Generator[Score]:
         """Verdicts in the order of ``items``."""
         for problem, text, truncated in items:
             yield self.grade(problem, text, truncated=truncated)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,7 +74,7 @@ class SymbolicGrader:
         ``crash``, ``too_large`` (the answer names a number that cannot be computed)."""
         return next(self.grade_many([(problem, text, truncated)]))
 
-    def grade_many(self, items: Iterable[GradeItem]) -> Iterator[Score]:
+    def grade_many(self, items: Iterable[GradeItem]) -> Generator[Score]:
         """Verdicts in the order of ``items``; several pairs are compared at a time."""
         waiting: deque[Score | _Waiting] = deque()
         for problem, text, truncated in items:
@@ -88,6 +88,7 @@ class SymbolicGrader:
         """End the grading processes."""
         if self._pool is not None:
             self._pool.close()
+            self._pool = None
 
     def _finished(self, waiting: deque[Score | _Waiting], *, num_left: int) -> Iterator[Score]:
         """Take what is decided from the front, and wait while more than ``num_left`` are there."""

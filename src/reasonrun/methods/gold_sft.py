@@ -42,5 +42,3 @@ class GoldSFT(Method):
             lab.evaluate(policy)
             policy = lab.train("sft", rows, start=policy, settings=self.config.sft, num_steps=self.config.num_steps)
         return policy
-
-

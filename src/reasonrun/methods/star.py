@@ -63,7 +63,9 @@ class STaR(Method):
             "correct", Effect.SEMANTIC, "Which samples are learnt; any is the control with as many unfiltered ones."
         )
         dedupe: bool = setting(False, Effect.SEMANTIC, "Learn equal solutions of one problem once.")
-        cap_per_problem: int = setting(0, Effect.SEMANTIC, "Most examples of one problem in a round; 0 is no cap.", ge=0)
+        cap_per_problem: int = setting(
+            0, Effect.SEMANTIC, "Most examples of one problem in a round; 0 is no cap.", ge=0
+        )
         train_style: Literal["plain", "few_shot"] = setting(
             "plain", Effect.SEMANTIC, "Prompt of the training sequences; few_shot is the paper's few_shot_train."
         )
@@ -72,7 +74,9 @@ class STaR(Method):
         data_window: Literal["last", "all"] = setting("last", Effect.SEMANTIC, "Train on this round's rows or on all.")
         steps_start: int = setting(40, Effect.SEMANTIC, "Optimizer steps of the first round.", ge=1)
         steps_growth: float = setting(1.2, Effect.SEMANTIC, "Factor on the steps from round to round.", ge=1)
-        steps_freeze_at: int = setting(0, Effect.SEMANTIC, "Round after which the steps stop growing; 0 is never.", ge=0)
+        steps_freeze_at: int = setting(
+            0, Effect.SEMANTIC, "Round after which the steps stop growing; 0 is never.", ge=0
+        )
         sft: SFTSettings = setting(
             SFTSettings(lr=1e-6, warmup_steps=100, batch_size=8), Effect.SEMANTIC, "Fine-tuning of every round."
         )
@@ -85,7 +89,8 @@ class STaR(Method):
     def run(self, lab: Lab) -> Checkpoint:
         config = self.config
         problems = lab.problems("train")
-        policy, window = lab.base, []
+        policy = lab.base
+        window: list[ExampleSet] = []
         for number in lab.rounds(config.rounds):
             lab.evaluate(policy)
             style = config.style if number == 1 else config.later_style

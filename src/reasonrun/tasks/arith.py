@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reasonrun.contracts import Grader, Task
 from reasonrun.errors import RecipeError
@@ -280,5 +280,6 @@ class Arith(Task):
 
 def chain_of(problem: Problem) -> Chain:
     """The chain that an ``arith`` problem was made from."""
-    operations = tuple((operator, operand) for operator, operand in problem.meta["operations"])  # type: ignore[union-attr]
-    return Chain(start=problem.meta["start"], operations=operations)  # type: ignore[arg-type]
+    operations: Any = problem.meta["operations"]
+    start: Any = problem.meta["start"]
+    return Chain(start=start, operations=tuple((operator, operand) for operator, operand in operations))

@@ -32,4 +32,6 @@ class ScriptedTrainer:
         save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
         for step in range(1, job.num_steps + 1, max(1, job.num_steps // 4)):
             events({"event": "log", "step": step, "loss": 1.0 / (trained + step)})
-        return TrainResult(num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)})
+        return TrainResult(
+            num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)}
+        )

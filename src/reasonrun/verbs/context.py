@@ -15,8 +15,8 @@ from reasonrun.errors import RunConflict
 from reasonrun.generation import Completion, Request
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.records import Checkpoint, Message, Problem
 from reasonrun.recipe import ResolvedRecipe
+from reasonrun.records import Checkpoint, Message, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
 from reasonrun.training import TrainJob, TrainResult

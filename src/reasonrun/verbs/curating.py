@@ -128,7 +128,9 @@ def _conserve(job: CurateJob, examples: list[Example], left_out: list[LeftOut]) 
 
 def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     """Run a committed curation again under changed code and stop when it chooses other rows."""
-    committed = [example.model_dump_json() for example in Rows.load(_row_type(step), step.table_paths("rows"), ctx.cache_dir)]
+    committed = [
+        example.model_dump_json() for example in Rows.load(_row_type(step), step.table_paths("rows"), ctx.cache_dir)
+    ]
     again = [outcome.model_dump_json() for outcome in _outcomes(ctx, job) if not isinstance(outcome, LeftOut)]
     if committed == again:
         ctx.progress.say(f"{job.name}: the code changed, the curated rows are equal")

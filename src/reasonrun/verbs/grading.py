@@ -8,7 +8,6 @@ from contextlib import closing
 from itertools import islice
 from typing import Any
 
-
 from reasonrun.contracts import Grader
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.records import Score, digest

@@ -195,9 +195,7 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     return committed
 
 
-def _units(
-    job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: dict[str, int]
-) -> Iterator[Unit]:
+def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: dict[str, int]) -> Iterator[Unit]:
     """Requests that are not complete, longest prompts first, in units of about ``unit_rows`` completions.
 
     Made when a worker asks for one, so that a million requests never stand in memory; ``in_flight`` maps the keys of

@@ -93,7 +93,8 @@ def _plan(ctx: Context, request: TrainRequest) -> None:
         return
     tokens = Extent.of(0)
     for rows in request.rows:
-        mean = sum(len(s.token_ids) for row in rows.rows for s in row.segments) / max(1, len(rows))  # type: ignore[union-attr]
+        num_tokens = sum(len(segment.token_ids) for row in rows.rows for segment in getattr(row, "segments", ()))
+        mean = num_tokens / max(1, len(rows))
         tokens = tokens.plus(Extent.of(int(mean * request.settings.batch_size * request.num_steps / len(request.rows))))
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
     ctx.planned.append(
