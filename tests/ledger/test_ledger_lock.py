@@ -129,7 +129,27 @@ def test_a_reused_pid_is_no_owner(tmp_path: Path) -> None:
     open_run(tmp_path / "run").close()
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        lock = RunLock.acquire(tmp_path / LOCK_NAME, "first", Files(Faults()))
+        if os.fork() == 0:
+            os.write(writer, str(os.getpid()).encode())  # its fork handlers have run
+            time.sleep(60)
+            lock.release()
+        os._exit(0)
+    child = int(os.read(reader, 20))
+    os.waitpid(owner, 0)
+    try:
+        RunLock.acquire(tmp_path / LOCK_NAME, "second", Files(Faults())).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_released_lock_is_free_while_a_forked_child_lives(tmp_path: Path) -> None:
     lock = RunLock.acquire(tmp_path / LOCK_NAME, "first", Files(Faults()))
     reader, writer = os.pipe()
     child = os.fork()

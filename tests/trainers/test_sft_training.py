@@ -342,7 +342,10 @@ def test_out_of_memory_halves_the_forward_pass_and_repeats_the_step(
     replace_losses(monkeypatch, fits_two)
     job = make_job(examples, out="tight", lr=1e-4, batch_size=6)
     result = SFT().train(job, events)
-    assert [(e["step"], e["micro_batch_size"]) for e in events.of("out_of_memory")] == [(1, 3), (1, 2)]
+    assert [(e["reason"], e["step"], e["micro_batch_size"]) for e in events.of("note")] == [
+        ("out_of_memory", 1, 3),
+        ("out_of_memory", 1, 2),
+    ]
     for name, weight in weights_of(Path(plain.out_dir) / "final").items():
         assert torch.allclose(weight, weights_of(Path(job.out_dir) / "final")[name], atol=1e-6), name
     assert result.num_tokens == expected.num_tokens

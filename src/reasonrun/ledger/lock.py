@@ -98,7 +98,8 @@ class RunLock:
 
     def release(self) -> None:
         """Let the next process in. Calling it twice does no harm."""
-        if self._pid == os.getpid():
+        if self._pid == os.getpid() and self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # even if a child that was just forked still has it open
             self._forget()
 
 

@@ -140,7 +140,16 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use more memory.",
             )
         self._micro_batch_size = math.ceil(self._micro_batch_size / 2)
-        self._events({"event": "out_of_memory", "step": step + 1, "micro_batch_size": self._micro_batch_size})
+        self._events(
+            {
+                "event": "note",
+                "reason": "out_of_memory",
+                "step": step + 1,
+                "micro_batch_size": self._micro_batch_size,
+                "text": f"out of memory at optimizer step {step + 1}; the step is repeated with"
+                f" micro_batch_size={self._micro_batch_size}, its batch and its result are the same",
+            }
+        )
 
     def _sum_gradients(self, model: Any) -> None:
         if self.args.world_size == 1:
