@@ -73,7 +73,9 @@ def main() -> None:
             num_runs += 1
             found = content(directory)
             if found != expected:
-                changed = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+                changed = sorted(
+                    name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+                )
                 print(json.dumps({"equal": False, "seed": args.seed, "kills": num_kills, "differ": changed[:20]}))
                 raise SystemExit(1)
     print(json.dumps({"equal": True, "seed": args.seed, "kills": num_kills, "runs": num_runs, "files": len(expected)}))

@@ -139,8 +139,18 @@ def test_redo_makes_a_step_and_its_dependents_again(clean, tmp_path):
     assert content(tmp_path / "run") == content(clean[0])
 
 
-def test_fewer_rounds_need_prune(tmp_path):
+def test_more_rounds_go_on_from_a_finished_run(clean, tmp_path):
+    execute(tmp_path / "run", "method.rounds=1")
+    outcome = execute(tmp_path / "run")
+    assert not outcome.already_finished and outcome.result["last"]["step"] == "round-002/train"
+    mine, theirs = content(tmp_path / "run"), content(clean[0])
+    assert {name: mine[name] for name in theirs} == theirs
+
+
+def test_fewer_rounds_need_prune(clean, tmp_path):
     with pytest.raises(RunFailed):
         execute(tmp_path / "run", "engine.fail_at_unit=2", "engine.unit_rows=8", "method.rounds=3")
-    with pytest.raises(RunConflict, match="rounds"):
-        execute(tmp_path / "run", "method.rounds=1")
+    with pytest.raises(RunConflict, match=r"rounds: 3 -> 2 \(horizon\); --prune"):
+        execute(tmp_path / "run")
+    execute(tmp_path / "run", prune=True)
+    assert content(tmp_path / "run") == content(clean[0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
 from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
 from reasonrun.lab import Lab
+from reasonrun.ledger.catalogue import run_identity
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
 from reasonrun.recipe import FieldChange, ResolvedRecipe, diff
@@ -52,25 +54,46 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         Finding: the experiment ended without a model worth keeping; what was committed stays.
         Stopped: a signal arrived; the same command continues.
     """
+    further = _goes_further(options.directory, recipe)
     with RunDir.open(
         options.directory,
         identity={"recipe": recipe.resolved},
         command=options.command,
         attempt={"code": code_digests(recipe.classes["method"]), "versions": versions()},
-        reopen=options.redo is not None,
+        reopen=options.redo is not None or further,
     ) as run_dir:
         if options.redo:
             moved = run_dir.redo(options.redo)
             progress.say(f"to quarantine: {', '.join(moved)}")
-        if run_dir.finished is not None:
+        if run_dir.finished is not None and not further:
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
+        for orphan in run_dir.ended_orphans:
+            progress.say(f"ended process {orphan}, which an earlier attempt had left behind")
         context = make_context(recipe, run_dir, progress, options)
-        context.recipe_changes = _describe(_changes(run_dir, recipe, progress))
-        try:
+        context.recipe_changes = _changes(run_dir, recipe, options, progress)
+        with closing(context.host), _tracking(context, recipe):
             return _run(context, recipe, options)
-        finally:
-            context.host.close()
+
+
+@contextmanager
+def _tracking(context: Context, recipe: ResolvedRecipe) -> Iterator[None]:
+    """Exporters beside the run; they read what it commits, and their end is not its end."""
+    trackers = [cls(settings) for cls, settings in zip(recipe.classes["trackers"], recipe.trackers, strict=True)]
+    with ExitStack() as stack:
+        for tracker in trackers:
+            tracker.start(context.run_dir.path, recipe.resolved)
+            stack.callback(tracker.finish)
+        if trackers:
+            own = context.on_row
+
+            def log(row: dict[str, Any]) -> None:
+                own(row)
+                for tracker in trackers:
+                    tracker.log(row)
+
+            context.on_row = log
+        yield
 
 
 def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, options: RunOptions) -> Context:
@@ -125,7 +148,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     elif unreached:
         context.progress.say(
             f"{len(unreached)} committed steps are not part of this recipe any more and are left out of every report:"
-            f" {', '.join(sorted(unreached)[:5])}. --prune moves them to quarantine"
+            f" {', '.join(sorted(unreached)[:5])}. --prune removes them"
         )
     run_dir.write_projection("metrics.jsonl", context.rows)
     run_dir.finish(result)
@@ -134,7 +157,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
 
 def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
-    with lab.scope("final"):
+    with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
         dev = list(lab.evaluations)
         best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
@@ -169,29 +192,52 @@ def _best_so_far(lab: Lab) -> str:
     return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
 
 
-def _changes(run_dir: RunDir, recipe: ResolvedRecipe, progress: Progress) -> list[FieldChange]:
-    """Recipe fields that differ from the run's. Free ones are noted; semantic ones stop at the first step to work on."""
-    changes = diff(run_dir.identity["recipe"], recipe)
-    shrunk = [c for c in changes if c.effect is Effect.HORIZON and _smaller(c)]
-    semantic = [c for c in changes if c.effect is Effect.SEMANTIC]
-    for change in changes:
-        if change.effect is Effect.NUMERIC:
-            progress.say(f"{change.path}: {change.old} -> {change.new}; results are no longer comparable bit for bit")
-    return semantic + shrunk
+def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> list[str]:
+    """Recipe fields that differ from the run's own and must stop it at the first step to work on, as text.
+
+    A horizon that grew, or shrank under ``--prune``, is taken over; numeric changes are noted; operational ones free.
+    """
+    stopping, moved = [], False
+    for change in diff(run_dir.identity["recipe"], recipe):
+        if change.effect is Effect.SEMANTIC or (_smaller(change) and not options.prune):
+            hint = "; --prune lets it shrink" if change.effect is Effect.HORIZON else ""
+            stopping.append(f"{_described(change)}{hint}")
+        elif change.effect is Effect.HORIZON:
+            moved = True
+        elif change.effect is Effect.NUMERIC:
+            progress.say(f"{_described(change)}: this run is no longer comparable bit for bit")
+    if moved and not stopping:
+        run_dir.amend({"recipe": recipe.resolved})
+    return stopping
+
+
+def _goes_further(directory: Path, recipe: ResolvedRecipe) -> bool:
+    """Whether the recipe asks a run in ``directory``, finished or not, for more of the same."""
+    if not (directory / "run.json").exists():
+        return False
+    changes = [
+        c for c in diff(run_identity(directory)["recipe"], recipe) if c.effect in (Effect.SEMANTIC, Effect.HORIZON)
+    ]
+    return bool(changes) and all(c.effect is Effect.HORIZON and not _smaller(c) for c in changes)
 
 
 def _smaller(change: FieldChange) -> bool:
-    return isinstance(change.old, int) and isinstance(change.new, int) and change.new < change.old
+    return (
+        change.effect is Effect.HORIZON
+        and isinstance(change.old, int)
+        and isinstance(change.new, int)
+        and change.new < change.old
+    )
 
 
-def _describe(changes: list[FieldChange]) -> list[str]:
-    return [f"{change.path}: {change.old!r} -> {change.new!r} ({change.effect})" for change in changes]
+def _described(change: FieldChange) -> str:
+    return f"{change.path}: {change.old!r} -> {change.new!r} ({change.effect})"
 
 
 def _refuse_other_recipe(run_dir: RunDir, recipe: ResolvedRecipe) -> None:
     changes = [c for c in diff(run_dir.identity["recipe"], recipe) if c.effect in (Effect.SEMANTIC, Effect.HORIZON)]
     if changes:
-        lines = "\n  ".join(_describe(changes)[:10])
+        lines = "\n  ".join(_described(change) for change in changes[:10])
         raise RunConflict(
             f"{run_dir.path} holds a finished run of another recipe:\n  {lines}",
             hint="give this one a directory of its own with --run NEW, or revert the change",

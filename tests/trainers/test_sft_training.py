@@ -1,4 +1,4 @@
-"""The trainer as a whole: updates, guards, memory, resuming, and what it leaves on disk."""
+"""The trainer as a whole: updates, events, and what it leaves on disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sft_rows import Events, example, random_examples, sha256, weights_of
+from sft_rows import Events, example, random_examples, weights_of
 
 from reasonrun.errors import Finding, RecipeError, RunFailed
 from reasonrun.records import Checkpoint, SFTExample
 from reasonrun.trainers import launch
-from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.sft import SFT
-from reasonrun.trainers.sft_loss import SFTObjective
-from reasonrun.training import TrainJob
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 
@@ -104,6 +101,23 @@ def test_micro_batches_change_nothing_but_rounding(make_job: Any, events: Events
         finals.append(weights_of(Path(job.out_dir) / "final"))
     for name, whole in finals[0].items():
         assert all(torch.allclose(whole, other[name], atol=1e-6) for other in finals[1:]), name
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_and_bfloat16_train_the_same_model(make_job: Any, events: Events, lora: Any) -> None:
+    def run(out: str, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        job = make_job(random_examples(8), out=out, num_steps=3, lr=1e-3, lora=lora, **settings)
+        logs = Events()
+        SFT().train(job, logs)
+        return [log["loss"] for log in logs.of("log")], weights_of(Path(job.out_dir) / "final")
+
+    plain, weights = run("plain")
+    recomputed, same_weights = run("recomputed", gradient_checkpointing=True)
+    half, _ = run("half", dtype="bfloat16")
+    assert recomputed == pytest.approx(plain, abs=1e-5)
+    assert all(torch.allclose(weight, same_weights[name], atol=1e-5) for name, weight in weights.items())
+    # bfloat16 keeps eight bits: near, and not the float32 numbers under another name.
+    assert half == pytest.approx(plain, rel=2e-2) and half != pytest.approx(plain, rel=1e-6)
 
 
 def test_events_result_and_schedule(make_job: Any, events: Events) -> None:
@@ -196,183 +210,6 @@ def test_the_merged_model_computes_what_the_adapter_model_computed(
     assert torch.allclose(adapted, after, atol=1e-4)
     assert (before - after).abs().max() > 0.1
     assert not (out_dir / "optimizer").exists()
-
-
-# Resuming
-
-
-def outputs(job: TrainJob) -> tuple[str, ...]:
-    return tuple(sha256(path) for path in sorted(Path(job.out_dir).glob("[!c]*/*.safetensors")))
-
-
-class Interrupted(Exception):
-    """Stands for whatever ends an attempt."""
-
-
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_resuming_is_exact(make_job: Any, events: Events, lora: Any) -> None:
-    def job(out: str, **fields: Any) -> TrainJob:
-        made: TrainJob = make_job(
-            random_examples(10),
-            out=out,
-            num_steps=7,
-            schedule="cosine",
-            micro_batch_size=2,
-            checkpoint_every=3,
-            lora=lora,
-            job=fields,
-        )
-        return made
-
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["event"] == "log" and event["step"] == 5:
-            raise Interrupted
-
-    whole, first = job("whole"), job("first")
-    expected = SFT().train(whole, events)
-    with pytest.raises(Interrupted):
-        SFT().train(first, interrupt)
-    torch.manual_seed(99)  # what is left in this process must not matter
-    later = Events()
-    second = job("second", resume_from=f"{first.out_dir}/checkpoint-3")
-    result = SFT().train(second, later)
-    assert [log["step"] for log in later.of("log")] == [4, 5, 6, 7]
-    assert later.of("log") == events.of("log")[3:]
-    assert len(outputs(whole)) == 2 and outputs(second) == outputs(whole)
-    assert result == expected
-
-
-def test_resuming_after_a_hard_exit_is_exact(make_job: Any, events: Events, tmp_path: Path) -> None:
-    def job(out: str, **fields: Any) -> TrainJob:
-        made: TrainJob = make_job(
-            random_examples(10), out=out, num_steps=5, micro_batch_size=2, checkpoint_every=2, job=fields
-        )
-        return made
-
-    whole, killed = job("whole"), job("killed")
-    SFT().train(whole, events)
-    (tmp_path / "job.json").write_text(killed.model_dump_json())
-    program = (
-        "import os, sys; from reasonrun.trainers.sft import SFT; from reasonrun.training import TrainJob\n"
-        "job = TrainJob.model_validate_json(open(sys.argv[1]).read())\n"
-        "SFT().train(job, lambda e: os._exit(9) if (e['event'], e['step']) == ('log', 4) else None)"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "job.json")], capture_output=True, check=False)
-    assert done.returncode == 9, done.stderr
-    # Step 4 was computed but its checkpoint never got its name.
-    assert [path.name for path in Path(killed.out_dir).glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = job("resumed", resume_from=f"{killed.out_dir}/checkpoint-2")
-    SFT().train(resumed, events)
-    assert len(outputs(whole)) == 2 and outputs(resumed) == outputs(whole)
-
-
-def test_a_checkpoint_is_announced_when_it_is_complete_and_holds_no_pickled_arguments(
-    make_job: Any, events: Events
-) -> None:
-    seen = []
-
-    def look(event: dict[str, Any]) -> None:
-        if event["event"] == "checkpoint":
-            seen.append({path.name for path in Path(event["path"]).iterdir()})
-
-    SFT().train(make_job(random_examples(4), num_steps=3, checkpoint_every=2), look)
-    needed = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    assert len(seen) == 1 and needed <= seen[0] and "training_args.bin" not in seen[0]
-
-
-# Guards
-
-
-def test_a_poisoned_row_stops_the_run_and_is_named(make_job: Any, events: Events) -> None:
-    examples = random_examples(12)
-    examples[7] = examples[7].model_copy(update={"weight": float("inf")})
-    job = make_job(examples, num_steps=9, checkpoint_every=1)
-    with pytest.raises(RunFailed, match=r"loss is not finite at optimizer step (\d+).*Examples: r7\.") as caught:
-        SFT().train(job, events)
-    # Everything before that step was finite, logged and kept; nothing of it or later was.
-    step = int(caught.value.message.split("step ")[1].split(";")[0])
-    assert [log["step"] for log in events.of("log")] == list(range(1, step))
-    assert [event["step"] for event in events.of("checkpoint")] == list(range(1, step))
-    assert not (Path(job.out_dir) / "final").exists()
-
-
-class CallLossesThen:
-    """Replaces the loss by itself and something more."""
-
-    def __init__(self, after: Any) -> None:
-        self.original = SFTObjective.losses
-        self.after = after
-
-    def __call__(self, objective: SFTObjective, model: Any, batch: Indexes, micro: Indexes, device: Any) -> Any:
-        losses, num_tokens = self.original(objective, model, batch, micro, device)
-        return self.after(losses, model, micro), num_tokens
-
-
-def replace_losses(monkeypatch: pytest.MonkeyPatch, after: Any) -> None:
-    call = CallLossesThen(after)
-    monkeypatch.setattr(SFTObjective, "losses", lambda *arguments: call(*arguments))
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_is_never_stepped(
-    make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
-) -> None:
-    # The square root of zero is finite, its slope is not.
-    replace_losses(monkeypatch, lambda losses, model, micro: losses + (next(model.parameters()).sum() * 0).abs().sqrt())
-    job = make_job(random_examples(4), max_grad_norm=max_grad_norm, checkpoint_every=1)
-    with pytest.raises(RunFailed, match=r"gradient is not finite at optimizer step 1;.*r0"):
-        SFT().train(job, events)
-    assert not events and not (Path(job.out_dir) / "final").exists()
-
-
-def test_out_of_memory_halves_the_forward_pass_and_repeats_the_step(
-    make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    examples = random_examples(10)
-    plain = make_job(examples, out="plain", lr=1e-4, batch_size=6)
-    expected = SFT().train(plain, Events())
-
-    def fits_two(losses: torch.Tensor, model: Any, micro: Indexes) -> torch.Tensor:
-        # Gradients of passes that went well before the failure must not be counted twice.
-        if len(micro) > 2:
-            losses.sum().backward()
-            raise torch.OutOfMemoryError("injected")
-        return losses
-
-    replace_losses(monkeypatch, fits_two)
-    job = make_job(examples, out="tight", lr=1e-4, batch_size=6)
-    result = SFT().train(job, events)
-    assert [(e["reason"], e["step"], e["micro_batch_size"]) for e in events.of("note")] == [
-        ("out_of_memory", 1, 3),
-        ("out_of_memory", 1, 2),
-    ]
-    for name, weight in weights_of(Path(plain.out_dir) / "final").items():
-        assert torch.allclose(weight, weights_of(Path(job.out_dir) / "final")[name], atol=1e-6), name
-    assert result.num_tokens == expected.num_tokens
-
-
-def test_a_single_example_that_does_not_fit_is_explained(
-    make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(losses: torch.Tensor, model: Any, micro: Indexes) -> torch.Tensor:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-
-    replace_losses(monkeypatch, never)
-    with pytest.raises(RunFailed, match=r"single example does not fit.*\n.*gradient_checkpointing"):
-        SFT().train(make_job(random_examples(4)), events)
-    assert [event["micro_batch_size"] for event in events] == [2, 1]
-
-
-def test_other_errors_are_not_taken_for_out_of_memory(
-    make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(losses: torch.Tensor, model: Any, micro: Indexes) -> torch.Tensor:
-        raise RuntimeError("shapes cannot be multiplied")
-
-    replace_losses(monkeypatch, broken)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        SFT().train(make_job(random_examples(4)), events)
-    assert not events
 
 
 # The entry point of one process

@@ -156,5 +156,7 @@ def main() -> None:
 
 def _label(error: ReasonrunError) -> str:
     return {5: "finding", 75: "stopped", 130: "stopped"}.get(error.exit_code, "error")
+
+
 if __name__ == "__main__":
     main()

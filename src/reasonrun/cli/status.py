@@ -49,7 +49,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "num_steps": len(rows),
         "steps": rows,
         "seconds": seconds_by_step(notes),
-        "result": json.loads(done.read_text())["result"] if done.exists() else None,
+        "result": json.loads(done.read_text())["content"]["result"] if done.exists() else None,
     }
 
 

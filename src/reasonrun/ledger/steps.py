@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STEP_NAME = "step.json"
 CHECKPOINTS = "checkpoints"
-STEP_FOLDERS = frozenset({"model", "optimizer", "candidates", CHECKPOINTS})
+STEP_FOLDERS = frozenset({"adapter", "candidates", "model", "optimizer", CHECKPOINTS})
 """Folders that belong to a step itself; every other sub-folder of a step folder is a nested step."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
