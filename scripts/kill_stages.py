@@ -58,12 +58,12 @@ def kill_inside(directory: Path, step: str) -> bool:
     process = start(directory)
     folder = directory / "steps" / step
     while process.poll() is None:
-        if (folder / "step.json").exists() and not (folder / "_OK.json").exists():
-            if step.endswith("grade") or any(folder.glob("wal*.jsonl")) or step.endswith("train"):
-                time.sleep(0.0 if step.endswith("grade") else 1.0)
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-                return not (folder / "_OK.json").exists()
+        begun = (folder / "step.json").exists() and not (folder / "_OK.json").exists()
+        if begun and (any(folder.glob("wal*.jsonl")) or not step.endswith(("sample", "greedy"))):
+            time.sleep(0.0 if step.endswith("grade") else 1.0)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            return not (folder / "_OK.json").exists()
         time.sleep(0.0005)
     return False
 

@@ -121,7 +121,8 @@ class Engine(Protocol):
 
 
 TrainEvents = Callable[[dict[str, Any]], None]
-"""Receives ``{"event": "log", "step": int, ...}`` and ``{"event": "checkpoint", "step": int, "path": str}``."""
+"""Receives ``{"event": "log", "step": int, ...}``, ``{"event": "checkpoint", "step": int, "path": str}`` and
+``{"event": "note", "text": str}`` (something a person should know, such as a smaller micro-batch)."""
 
 
 class Trainer(Protocol):

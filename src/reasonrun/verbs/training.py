@@ -70,7 +70,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         tokenizer=request.start.tokenizer,
         parent=request.start.weights,
         step=request.name,
-        optimizer_path=str(step.folder("optimizer")) if request.keep_optimizer else None,
+        optimizer_path=str(step.folder("optimizer")) if (step.path / "optimizer").is_dir() else None,
     )
 
 
