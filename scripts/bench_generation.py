@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from reasonrun.engines._loading import find_device, find_dtype
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.generation import Request
-from reasonrun.model_folder import ModelFolder
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.rendering import Renderer
 from reasonrun.tasks.arith import Arith
@@ -81,7 +82,7 @@ def timed(completions: Iterator[Ids]) -> tuple[float, float]:
     return sum(lengths) / (time.perf_counter() - began), statistics.mean(lengths)
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--num-prompts", type=int, default=128)
@@ -92,72 +93,79 @@ def main() -> None:
     parser.add_argument("--max-batch-rows", type=int, default=HuggingFace.Settings().max_batch_rows)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
+    return parser.parse_args()
 
-    settings = HuggingFace.Settings.model_validate(
-        {name: getattr(arguments, name) for name in ("max_batch_rows", "device", "dtype")}
-    )
-    engine = HuggingFace(settings)
+
+@dataclass
+class Sides:
+    """The two sides of the comparison, with everything they share."""
+
+    engine: HuggingFace
+    model: Any
+    renderer: Renderer
+    rows: list[Ids]
+    sampling: Sampling
+
+    def speeds(self, *, n: int, batch_rows: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
+        """(Tokens per second, mean length) of each repeat: the engine, plain batches of rows and of prompts."""
+        plain_sets = {"rows": ([row for row in self.rows for _ in range(n)], 1), "prompts": (self.rows, n)}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("engine", *plain_sets)}
+        for repeat in range(repeats):
+            asked = requests(self.rows, n=n, sampling=self.sampling, seed=repeat * 10**6)
+            found["engine"].append(timed(completion.token_ids for completion in self.engine.generate(asked)))
+            for name, (rows, copies) in plain_sets.items():
+                plain = self.plain(rows, batch_rows=batch_rows, copies=copies, sampling=self.sampling)
+                found[name].append(timed(plain))
+        return found
+
+    def greedy_equal(self, num_prompts: int) -> tuple[int, int]:
+        """How many greedy completions are equal, of how many."""
+        greedy = self.sampling.model_copy(update={"temperature": 0.0})
+        few = self.rows[:num_prompts]
+        ours = {c.request: c.token_ids for c in self.engine.generate(requests(few, n=1, sampling=greedy, seed=0))}
+        plain = self.plain(few, batch_rows=1, copies=1, sampling=greedy)
+        return sum(ours[str(i)] == ids for i, ids in enumerate(plain)), len(few)
+
+    def plain(self, rows: Sequence[Ids], *, batch_rows: int, copies: int, sampling: Sampling) -> Iterator[Ids]:
+        eos_ids = self.renderer.eos_ids
+        return run_plain(self.model, rows, eos_ids, batch_rows=batch_rows, copies=copies, sampling=sampling)
+
+
+def main() -> None:
+    arguments = read_arguments()
+    logging.disable_progress_bar()
+    device = find_device(arguments.device)
+    dtype = find_dtype(arguments.dtype, device)
+    names = ("max_batch_rows", "device", "dtype")
+    engine = HuggingFace(HuggingFace.Settings.model_validate({name: getattr(arguments, name) for name in names}))
     began = time.perf_counter()
     engine.load(Checkpoint(path=str(arguments.model_dir), weights="bench", tokenizer="bench"))
     load_seconds = time.perf_counter() - began
-    reference = next(engine._model.parameters())
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=reference.dtype).to(reference.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=dtype).to(device).eval()
     renderer = Renderer.load(arguments.model_dir)
     rows = prompts(renderer, arguments.num_prompts)
-    sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
-    plain_sets = {
-        "rows": {"rows": [row for row in rows for _ in range(arguments.n)], "copies": 1},
-        "prompts": {"rows": rows, "copies": arguments.n},
-    }
-
-    speeds: dict[str, list[float]] = {name: [] for name in ("engine", *plain_sets)}
-    lengths: dict[str, list[float]] = {name: [] for name in speeds}
-    for repeat in range(arguments.repeats):
-        sides = {
-            "engine": (
-                c.token_ids
-                for c in engine.generate(requests(rows, n=arguments.n, sampling=sampling, seed=repeat * 10**6))
-            )
-        } | {
-            name: run_plain(
-                model,
-                side["rows"],
-                renderer.eos_ids,
-                batch_rows=arguments.batch_rows,
-                copies=side["copies"],
-                sampling=sampling,
-            )
-            for name, side in plain_sets.items()
-        }
-        for name, completions in sides.items():
-            speed, length = timed(completions)
-            speeds[name].append(speed)
-            lengths[name].append(length)
-
-    greedy = sampling.model_copy(update={"temperature": 0.0})
-    few = rows[:32]
-    ours = {c.request: c.token_ids for c in engine.generate(requests(few, n=1, sampling=greedy, seed=0))}
-    plain = list(run_plain(model, few, renderer.eos_ids, batch_rows=1, copies=1, sampling=greedy))
+    sides = Sides(engine, model, renderer, rows, Sampling(max_new_tokens=arguments.max_new_tokens))
+    found = sides.speeds(n=arguments.n, batch_rows=arguments.batch_rows, repeats=arguments.repeats)
     ratios = {
-        name: statistics.median(ours / other for ours, other in zip(speeds["engine"], speeds[name], strict=True))
-        for name in plain_sets
+        name: statistics.median(
+            ours / plain for (ours, _), (plain, _) in zip(found["engine"], found[name], strict=True)
+        )
+        for name in ("rows", "prompts")
     }
     report = {
-        "model": ModelFolder(arguments.model_dir).path.name,
-        "device": str(reference.device),
-        "dtype": str(reference.dtype),
+        "model": arguments.model_dir.name,
+        "device": str(device),
+        "dtype": str(dtype),
         "num_threads": torch.get_num_threads(),
         "num_prompts": len(rows),
         "n": arguments.n,
         "prompt_tokens_min_max": [min(map(len, rows)), max(map(len, rows))],
         "plain_batch": arguments.batch_rows,
-        "tokens_per_second": {name: round(statistics.median(values)) for name, values in speeds.items()},
+        "tokens_per_second": {name: round(statistics.median(s for s, _ in each)) for name, each in found.items()},
         "ratio_to_plain_batch_of_rows": round(ratios["rows"], 2),
         "ratio_to_plain_batch_of_prompts": round(ratios["prompts"], 2),
-        "mean_completion_tokens": {name: round(statistics.mean(values), 1) for name, values in lengths.items()},
-        "greedy_equal": [sum(ours[str(i)] == ids for i, ids in enumerate(plain)), len(few)],
+        "mean_completion_tokens": {name: round(statistics.mean(m for _, m in each), 1) for name, each in found.items()},
+        "greedy_equal": sides.greedy_equal(32),
         "load_seconds": round(load_seconds, 2),
     }
     print(json.dumps(report))

@@ -30,27 +30,12 @@ class Toy(Method):
         return lab.base
 """
 TOY_TASK = """\
-from reasonrun.contracts import Task
-from reasonrun.settings import Settings as SettingsBase
+from reasonrun.tasks.arith import Arith
 
 
-class Nothing(Task):
-    name = "nothing"
-
-    class Settings(SettingsBase):
-        pass
-
-    def problems(self, split):
-        return ()
-
-    def messages(self, problem, style):
-        return problem.messages
-
-    def grader(self):
-        raise NotImplementedError
-
-    def scripted_answer(self, problem, *, correct, seed):
-        return ""
+class Sums(Arith):
+    class Settings(Arith.Settings):
+        multiplications: int = 0
 """
 
 
@@ -100,11 +85,11 @@ def test_a_toy_method_and_task_of_a_folder_make_a_recipe() -> None:
     write("toy_folder/__init__.py", "")
     write("toy_folder/toy.py", TOY_METHOD)
     write("toy_task.py", TOY_TASK)
-    write("mine.yaml", "method: {name: toy_folder.toy.Toy, strength: 3}\ntask: toy_task.Nothing\nengine: scripted\n")
+    write("mine.yaml", "method: {name: toy_folder.toy.Toy, strength: 3}\ntask: toy_task.Sums\nengine: scripted\n")
     recipe = load("mine.yaml")
     assert recipe.classes["method"].__name__ == "Toy"
     assert (recipe.method.strength, recipe.resolved["method"]["name"]) == (3, "toy_folder.toy.Toy")
-    assert recipe.resolved["task"] == {"name": "toy_task.Nothing"}
+    assert (recipe.resolved["task"]["name"], recipe.task.multiplications) == ("toy_task.Sums", 0)
     assert isinstance(recipe.method, recipe.classes["method"].Settings)
 
 
@@ -134,13 +119,13 @@ def test_unknown_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("toy_missing_import.Toy", "import surely_not_installed\n" + TOY_METHOD, "No module named 'surely_not_installed'"),
+        ("toy_import.Toy", "import surely_not_installed\n" + TOY_METHOD, "No module named 'surely_not_installed'"),
         ("toy_syntax.Toy", "x = (\n", r"toy_syntax\.py:1: .*was never closed"),
         ("toy_class.Tey", TOY_METHOD, r"has no class 'Tey'; nearest is Toy"),
         ("toy_contract.Toy", "class Toy:\n    pass\n", "no plug-in of kind methods"),
-        ("toy_settings.Toy", TOY_METHOD.replace("SettingsBase):", "object):").replace("setting(1", "int(1) or (1"), "no plug-in"),
-        ("toy_abstract.Toy", TOY_METHOD.replace("def run", "def walk"), "no plug-in of kind methods"),
-        ("toy_wrong.Nothing", TOY_TASK, "no plug-in of kind methods"),
+        ("toy_settings.Toy", TOY_METHOD.replace("Settings(SettingsBase)", "Settings"), "no plug-in of kind methods"),
+        ("toy_abstract.Toy", TOY_METHOD.replace("def run", "def walk"), "no plug-in of kind methods: it lacks run"),
+        ("toy_wrong.Sums", TOY_TASK, "no plug-in of kind methods"),
         ("not_there_at_all.Toy", "", "no module not_there_at_all"),
     ],
 )  # fmt: skip

@@ -148,6 +148,11 @@ def test_references_are_resolved_and_keep_their_type() -> None:
     assert (recipe.evaluate.seed, recipe.evaluate.num_samples) == (7, 3)
 
 
+def test_references_inside_a_text_and_escaped_ones() -> None:
+    text = VALID + "launcher: {python: '/envs/${model.name}/\\${x}-${seed}'}\nseed: 5\n"
+    assert load(write(text)).launcher.python == "/envs/tiny/${x}-5"
+
+
 def test_the_environment_reaches_settings_but_not_the_stored_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PYTHON", "/opt/canary/python")
     recipe = load(write(VALID + "launcher: {python: '${oc.env:MY_PYTHON}'}\n"))

@@ -173,6 +173,11 @@ seed: -1
     assert "\n      sft: {learning_rate: 1.0}\n            ^\n" in message
 
 
+def test_a_byte_order_mark_shifts_no_column() -> None:
+    problem = only("\ufeffsed: 1\r\nmethod: star\r\ntask: arith\r\n")
+    assert (problem.line, problem.column, problem.path, problem.source_line) == (1, 1, "sed", "sed: 1")
+
+
 def test_a_mistake_in_a_group_file_is_placed_there() -> None:
     write("name: scripted\n\nacuracy: 0.5\n", "engine/scripted.yaml")
     problem = only(VALID)

@@ -81,7 +81,9 @@ def find(kind: Kind, name: str) -> type[Any]:
         guess = nearest(class_name, offered) if offered else ""
         raise UnknownPlugin(f"{module.__file__} has no class {class_name!r}", allowed=offered, nearest=guess)
     if not _is_plugin(kind, cls):
-        raise RecipeError(f"{name} is no plug-in of kind {kind}", hint=_wanted(kind))
+        missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+        lacks = f": it lacks {missing}" if missing else ""
+        raise RecipeError(f"{name} is no plug-in of kind {kind}{lacks}", hint=_wanted(kind))
     return cls  # type: ignore[no-any-return]
 
 

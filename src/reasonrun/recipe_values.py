@@ -92,47 +92,49 @@ def resolve(data: dict[str, Any], report: Callable[[Path, str], None]) -> tuple[
         The values, and the expressions by path where the environment had a part in the value.
     """
     from_environment: dict[Path, str] = {}
-    faulty: set[Path] = set()
-
-    def value_of(path: Path, text: Any, via: tuple[Path, ...]) -> tuple[Any, bool]:
-        if not isinstance(text, str) or "${" not in text:
-            return text, False
-        whole = _REFERENCE.fullmatch(text)
-        if whole:
-            return _named(whole, via)
-        found = [(match, _named(match, via)) for match in _REFERENCE.finditer(text)]
-        values = iter([str(value) for _, (value, _) in found])
-        return _REFERENCE.sub(lambda _: next(values), text).replace(r"\${", "${"), any(env for _, (_, env) in found)
-
-    def _named(match: re.Match[str], via: tuple[Path, ...]) -> tuple[Any, bool]:
-        if match["variable"]:
-            value = os.environ.get(match["variable"], match["default"])
-            if value is None:
-                raise LookupError(f"the environment has no variable {match['variable']}; set it, or write a default")
-            if NOT_TEXT.search(value):
-                raise LookupError(f"the environment variable {match['variable']} is not UTF-8 text")
-            return value, True
-        target = tuple(match["key"].split("."))
-        if target in via:
-            raise LookupError(f"{match[0]} refers to itself")
-        value = _at(data, target)
-        if isinstance(value, dict | list):
-            raise LookupError(f"{match[0]} names a group or a list; refer to one value")
-        return value_of(target, value, (*via, target))
-
-    resolved = data
+    resolved: Any = data
     for path, text in leaves(data):
         try:
-            value, from_env = value_of(path, text, (path,))
+            value, from_env = _value_of(data, text, (path,))
         except LookupError as error:
             report(path, str(error.args[0]))
-            faulty.add(path)
+            resolved = without(resolved, {path})
             continue
         if from_env:
             from_environment[path] = text
         if value is not text:
             resolved = with_value(resolved, path, value)
-    return without(resolved, faulty), from_environment
+    return resolved, from_environment
+
+
+def _value_of(data: Any, text: Any, via: tuple[Path, ...]) -> tuple[Any, bool]:
+    """What a value stands for, and whether the environment had a part in it. ``via`` are the paths that led here."""
+    if not isinstance(text, str) or "${" not in text:
+        return text, False
+    whole = _REFERENCE.fullmatch(text)
+    if whole:
+        return _named(data, whole, via)
+    found = [_named(data, match, via) for match in _REFERENCE.finditer(text)]
+    values = iter([str(value) for value, _ in found])
+    return _REFERENCE.sub(lambda _: next(values), text).replace(r"\${", "${"), any(from_env for _, from_env in found)
+
+
+def _named(data: Any, match: re.Match[str], via: tuple[Path, ...]) -> tuple[Any, bool]:
+    variable = match["variable"]
+    if variable:
+        value = os.environ.get(variable, match["default"])
+        if value is None:
+            raise LookupError(f"the environment has no variable {variable}; set it, or write a default")
+        if NOT_TEXT.search(value):
+            raise LookupError(f"the environment variable {variable} is not UTF-8 text")
+        return value, True
+    target = tuple(match["key"].split("."))
+    if target in via:
+        raise LookupError(f"{match[0]} refers to itself")
+    value = _at(data, target)
+    if isinstance(value, dict | list):
+        raise LookupError(f"{match[0]} names a group or a list; refer to one value")
+    return _value_of(data, value, (*via, target))
 
 
 def _at(data: Any, path: Path) -> Any:

@@ -24,20 +24,19 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def reasonrun_main(*arguments: str, after: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own; ``after`` is Python that runs when it is done."""
-    code = f"import sys\nfrom reasonrun.cli.main import main\ntry:\n    main()\nfinally:\n    pass\n    {after or 'pass'}\n"
-    env = {**os.environ, "PYTHONPATH": str(Path(reasonrun.__file__).parents[1]), "COLUMNS": "80"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
-    )
+def reasonrun_main(*arguments: str, at_exit: str = "None") -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, and the expression ``at_exit`` when it ends."""
+    code = f"import atexit, sys\nfrom reasonrun.cli.main import main\natexit.register(lambda: {at_exit})\nmain()\n"
+    env = {**os.environ, "PYTHONPATH": str(Path(reasonrun.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
 def test_a_valid_recipe_is_one_line_quickly_and_without_torch() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = reasonrun_main(
         "check", "star_arith", "engine=scripted", "seed=3",
-        after="print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)), file=sys.stderr)",
+        at_exit="print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)), file=sys.stderr)",
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
@@ -91,9 +90,11 @@ def test_recipes_lists_every_shipped_recipe_with_its_purpose() -> None:
 
 
 def test_first_sentence_spans_lines_and_stops() -> None:
-    Path("a.yaml").write_text("# One job, at\n# most 3.5 minutes. More.\n# And more.\nmethod: star\n# not this\n")
+    Path("a.yaml").write_text(
+        "# One job (Doe et al. 2022), at\n# most 3.5 minutes. More.\n# And more.\nmethod: star\n# not this\n"
+    )
     Path("b.yaml").write_text("method: star\n")
-    assert first_sentence(Path("a.yaml")) == "One job, at most 3.5 minutes."
+    assert first_sentence(Path("a.yaml")) == "One job (Doe et al. 2022), at most 3.5 minutes."
     assert first_sentence(Path("b.yaml")) == ""
 
 

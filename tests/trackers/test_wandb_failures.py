@@ -82,7 +82,8 @@ def test_hanging_wandb_is_ended_in_time_with_what_it_started(
     begin = time.monotonic()
     tracker.finish()
     assert 1.5 < time.monotonic() - begin < 5
-    assert not child.is_running()
+    # Without an init process that reaps, a killed orphan stays behind as a zombie: it is as dead.
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert process.wait(5) == -signal.SIGKILL
     assert "W&B export was not finished in time" in capfd.readouterr().err
 

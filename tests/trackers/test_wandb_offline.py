@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_runs import catch_up, evaluate_row, read_offline, round_rows, write_metrics, write_round
+from wandb_runs import catch_up, evaluate_row, read_offline, round_rows, run_python, write_metrics, write_round
 
 from reasonrun.trackers.wandb import Wandb
 
@@ -105,24 +104,34 @@ def test_run_and_its_resumption_are_one_wandb_run(
     assert "W&B export" not in captured.err
 
 
-def test_killed_exporter_catches_up_without_gap_or_repeat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    rows = [{"step": f"round-{n:03d}/sample", "verb": "sample", "num_rollouts": n} for n in range(1, 1501)]
-    write_metrics(tmp_path, rows)
-    tracker = Wandb(Wandb.Settings(mode="offline"))
-    tracker.start(tmp_path, {})
-    process = tracker._process
-    assert process is not None
-    until(lambda: mark(tmp_path)["num_rows"] > 0)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < mark(tmp_path)["num_rows"] < 1500, "the kill came too late to prove anything"
-    tracker.finish()
-    assert "To catch up: " in capfd.readouterr().err
+KILLED_AFTER_POINT_150 = """
+import os, signal, sys
+from reasonrun.trackers import _wandb_export
+from reasonrun.trackers._wandb_process import main
 
-    # As if the mark had been ahead of W&B's file: the file decides.
-    (tmp_path / "derived" / "wandb.json").write_text(json.dumps({**mark(tmp_path), "num_points": 1400}))
+log = _wandb_export.Session.log
+def log_and_die(session, step, *rest):
+    log(session, step, *rest)
+    if step == 150:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_wandb_export.Session.log = log_and_die
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("claimed", [0, 120, 390], ids=["mark lost its count", "mark behind", "mark ahead"])
+def test_killed_exporter_catches_up_without_gap_or_repeat(tmp_path: Path, claimed: int) -> None:
+    rows = [{"step": f"round-{n:03d}/sample", "verb": "sample", "num_rollouts": n} for n in range(1, 401)]
+    write_metrics(tmp_path, rows)
+    killed = run_python(["-c", KILLED_AFTER_POINT_150, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert mark(tmp_path)["num_points"] <= 151
+
+    # W&B's file and the mark are written apart, so a kill leaves them at odds: the file decides.
+    (tmp_path / "derived" / "wandb.json").write_text(json.dumps({**mark(tmp_path), "num_points": claimed}))
     assert catch_up(tmp_path).returncode == 0
     (found,) = read_offline(tmp_path).values()
-    assert found.steps() == list(range(1500))
-    assert found.series("sample/num_rollouts") == list(range(1, 1501))
+    assert found.steps() == list(range(400))
+    assert found.series("sample/num_rollouts") == list(range(1, 401))
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2

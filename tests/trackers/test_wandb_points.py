@@ -76,19 +76,21 @@ def test_scopes_that_are_no_rounds_keep_their_name() -> None:
         {"step": "round-004/sample", "verb": "sample", "num_rollouts": 2},
         {"step": "round-004/evaluate/grade-greedy", "verb": "grade", "num_rollouts": 2, "num_correct": 1},
         evaluate_row("final/evaluate", "dev", 0.2),
-        evaluate_row("final/test-best", "test", 0.3),
+        evaluate_row("final-trainings=3/test-best", "test", 0.3),
+        {"step": "final-trainings=3/sample", "verb": "sample", "num_rollouts": 2},
         {"step": "measure", "verb": "sample", "num_rollouts": 2},
     ]
     points = [point for row in rows for point in projection.points(row)]
-    assert [point.metrics["round"] for point in points] == [0, 0, 0, 4, 4, 5, 5, 5]
+    assert [point.metrics["round"] for point in points] == [0, 0, 0, 4, 4, 5, 5, 5, 5]
     assert points[0].metrics["problems/train/num_problems"] == 8
     assert points[1].metrics["probe-T=0.5/sample/num_rollouts"] == 2
     assert points[2].metrics["probe-T=0.5/dev/greedy"] == 0.1
-    assert points[4].metrics["evaluate/grade-greedy/accuracy"] == 0.5
-    assert points[4].samples_of is None  # an evaluation's completions are not shown
+    assert points[4].metrics == {"round": 4}  # the evaluation's own row says it better
+    assert points[4].samples_of is None
     assert points[5].metrics["dev/greedy"] == 0.2
     assert points[6].metrics["test/best/greedy"] == 0.3
-    assert points[7].metrics["measure/num_rollouts"] == 2
+    assert points[7].metrics["final/sample/num_rollouts"] == 2
+    assert points[8].metrics["measure/num_rollouts"] == 2
 
 
 def test_seconds_add_up_over_attempts_and_within_a_round(tmp_path: Path) -> None:

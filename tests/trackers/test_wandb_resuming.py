@@ -13,7 +13,7 @@ from wandb_runs import write_metrics
 from reasonrun.errors import RunConflict
 from reasonrun.trackers import _wandb_export
 from reasonrun.trackers._wandb_export import Exporter, Job, follow, locked
-from reasonrun.trackers._wandb_mark import read_mark
+from reasonrun.trackers._wandb_mark import Mark, read_mark
 from reasonrun.trackers._wandb_points import read_rows
 from reasonrun.trackers._wandb_privacy import Scrubber
 
@@ -129,14 +129,30 @@ def test_a_step_made_again_with_the_same_result_changes_nothing(server: Server, 
 
 def test_a_failed_init_leaves_the_mark_for_later(server: Server, tmp_path: Path) -> None:
     write(tmp_path, [10])
-    run_id = export(tmp_path)
+    server.is_up = False
+    with pytest.raises(RuntimeError, match="no network"):
+        export(tmp_path)
+    begun = read_mark(tmp_path)
+    assert begun is not None and begun.num_rows == 0
+    server.is_up = True
+    assert export(tmp_path) == begun.run_id
     write(tmp_path, [10, 11])
     server.is_up = False
     with pytest.raises(RuntimeError, match="no network"):
         export(tmp_path)
     server.is_up = True
-    assert export(tmp_path) == run_id
-    assert server.runs[run_id] == [(0, 10), (1, 11)]
+    assert export(tmp_path) == begun.run_id
+    assert server.runs == {begun.run_id: [(0, 10), (1, 11)]}
+
+
+def test_going_over_exported_rows_forgets_none_of_them() -> None:
+    mark = Mark(run_id="r")
+    for position, line in enumerate([b"a", b"b", b"c"]):
+        mark = mark.with_row(position, line, position + 1)
+    again = mark.with_row(0, b"a", 3)  # a new session reads the rows from the top, and may die here
+    assert (again.num_rows, again.num_points) == (3, 3)
+    assert again.contradicts([b"a", b"b", b"x"])
+    assert not again.contradicts([b"a", b"b", b"c", b"d"])
 
 
 def test_one_exporter_at_a_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,18 @@ def _records(data: bytes) -> list[bytes]:
     return out
 
 
-def catch_up(run: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "reasonrun.trackers.wandb", str(run), *arguments]
+def run_python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Another interpreter with this one's import path, offline as far as W&B goes."""
     path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
-    environment = {"WANDB_MODE": "offline", **os.environ, "PYTHONPATH": path, **(env or {})}
     return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", *arguments],
+        env={"WANDB_MODE": "offline", **os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
+
+
+def catch_up(run: Path) -> subprocess.CompletedProcess[str]:
+    return run_python(["-m", "reasonrun.trackers.wandb", str(run)])

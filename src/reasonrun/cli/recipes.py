@@ -75,4 +75,4 @@ def first_sentence(path: Path) -> str:
         if not line.startswith("#"):
             break
         comment.append(line.lstrip("# ").rstrip())
-    return re.split(r"(?<=[.!?])\s", " ".join(comment), maxsplit=1)[0]
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", " ".join(comment), maxsplit=1)[0]

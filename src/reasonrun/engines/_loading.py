@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from reasonrun.engines._slots import ATTENTION, attend
@@ -32,6 +33,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic that a recipe names; ``auto`` is bfloat16 on a GPU, float32 on the CPU."""
+    return _DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
+
+
 def set_threads(num_threads: int) -> None:
     """Let torch use ``num_threads`` cores, all that this process may use when 0."""
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
@@ -52,7 +58,6 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted
     # A bar per load would drown a worker's log: every round loads.
     logging.disable_progress_bar()
     trusted = _trusted(folder, trusted_commit)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
     options = {"trust_remote_code": trusted, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder.path, **options)
@@ -60,7 +65,7 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted
         model = AutoModelForCausalLM.from_pretrained(
             folder.path,
             config=config,
-            dtype=_DTYPES[auto if dtype == "auto" else dtype],
+            dtype=find_dtype(dtype, device),
             use_safetensors=True,
             **options,
         )
@@ -70,7 +75,7 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted
             f"The model in {folder.path} does not fit on {device}.",
             hint="Set engine.dtype=bfloat16, or use a smaller model or a device with more memory.",
         ) from error
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _explained(folder, error) from error
     if not getattr(model, "_supports_attention_backend", False):
         raise _unsupported(folder, "its attention cannot be replaced")
@@ -84,8 +89,13 @@ def copy_weights(model: nn.Module, folder: ModelFolder) -> bool:
 
     Much faster than a new model: nothing is built, initialised or moved. Nothing is copied unless everything fits.
     """
-    from safetensors import safe_open
+    try:
+        return _copy_weights(model, folder)
+    except SafetensorError as error:
+        raise _explained(folder, error) from error
 
+
+def _copy_weights(model: nn.Module, folder: ModelFolder) -> bool:
     targets = dict(model.state_dict(keep_vars=False))
     sources: list[Any] = [safe_open(path, framework="pt") for path in folder.weight_paths()]
     shapes = {name: tuple(source.get_slice(name).get_shape()) for source in sources for name in source.keys()}  # noqa: SIM118

@@ -28,7 +28,7 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         highest = logits_BV.max(dim=-1)
         return torch.where(highest.values.isfinite(), highest.indices, -1)
-    kept_BV = _keep_top_p(_keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+    kept_BV = keep(logits_BV / sampling.temperature, sampling)
     # float32 is exact enough for one weight; their running sum over a large vocabulary is not.
     weights_BV = (kept_BV - kept_BV.amax(dim=-1, keepdim=True)).exp_()
     cdf_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
@@ -38,6 +38,11 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     ids_B = torch.searchsorted(cdf_BV, torch.minimum(target_B1, below_total_B1), right=True)[:, 0]
     return torch.where(total_B1[:, 0].isfinite(), ids_B, -1)
+
+
+def keep(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits after top-k, then top-p: minus infinity where a token may not be drawn."""
+    return _keep_top_p(_keep_top_k(logits_BV, sampling.top_k), sampling.top_p)
 
 
 def token_logps(logits_BV: Tensor, ids_B: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class SlotCache:
         self._num_users += num_samples
         self._num_places = max(self._num_places, *num_samples)
         owners = [first + p for p, n in enumerate(num_samples) for _ in range(n)]
-        self._rows.reserve(len(self) + len(owners), _FIRST_WIDTH, prompt.layers)
+        self._rows.reserve(len(self) + len(owners), max(_FIRST_WIDTH, self._longest_own), prompt.layers)
         self._rows.count += len(owners)
         self._prompt_lengths = torch.cat([self._prompt_lengths, self._integers(lengths)])
         self._owners = torch.cat([self._owners, self._integers(owners)])
@@ -171,14 +171,18 @@ class _Block:
             return
         if width > self._width:
             self._width = max(width, self._width + self._width // 2)
-        self._capacity = max(capacity, self._capacity)
-        old_layers, self.layers = self.layers, []
+        if capacity > self._capacity:
+            self._capacity = max(capacity, self._capacity + self._capacity // 2)
         for layer, pair in enumerate(like):
             # Zeros, not empty: a masked position is multiplied by weight 0, which does not hide a NaN.
             grown = [block.new_zeros(self._capacity, block.shape[1], self._width, block.shape[3]) for block in pair]
-            for new, old in zip(grown, old_layers[layer] if old_layers else (), strict=bool(old_layers)):
+            if layer == len(self.layers):
+                self.layers.append((grown[0], grown[1]))
+                continue
+            for new, old in zip(grown, self.layers[layer], strict=True):
                 new[: self.count, :, : old.shape[2]] = old[: self.count]
-            self.layers.append((grown[0], grown[1]))
+            # Replaced layer by layer, so that only one is in memory twice.
+            self.layers[layer] = (grown[0], grown[1])
 
     def move(self, source: Tensor, target: Tensor, num_dropped: int, width: int) -> None:
         """Copy items ``source`` over items ``target``, then forget the last ``num_dropped``."""

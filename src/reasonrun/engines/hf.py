@@ -101,6 +101,7 @@ class HuggingFace:
         included; ``text`` ends before the stop string. ``logps`` are taken at temperature 1, without filters.
 
         Raises:
+            ValueError: an empty prompt.
             RecipeError: a prompt and ``max_new_tokens`` are longer than the model's context.
             EnvironmentProblem: a single row does not fit into memory.
             RunFailed: the model's logits are not finite.
@@ -120,13 +121,11 @@ class HuggingFace:
         """Log-probabilities at temperature 1 of each (prompt ids, completion ids).
 
         Raises:
-            ValueError: an empty prompt, whose first token has no probability.
+            ValueError: an empty prompt, after which nothing has a probability.
             RecipeError: a sequence is longer than the model's context.
         """
         scorer, renderer = self._loaded()
         for prompt_ids, completion_ids in sequences:
-            if not prompt_ids:
-                raise ValueError("logprobs needs at least one prompt token before a completion")
             self._check_length(len(prompt_ids), len(completion_ids))
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1]))
         scored: dict[int, list[float]] = {i: [] for i in order if not sequences[i][1]}
@@ -242,6 +241,8 @@ class HuggingFace:
         from reasonrun.engines._loading import check_window
 
         _, renderer = self._loaded()
+        if num_prompt == 0:
+            raise ValueError("a prompt needs at least one token")
         if num_prompt + num_new > renderer.context_length:
             raise RecipeError(
                 f"A prompt of {num_prompt} tokens and {num_new} new ones exceed the {renderer.context_length} tokens"

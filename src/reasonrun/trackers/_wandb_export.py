@@ -168,6 +168,7 @@ class Exporter:
         return num_points > (0 if is_unsure else self._next)
 
     def _open(self) -> None:
+        self._write_mark()  # a start that fails halfway must not leave a second W&B run behind
         self._session = session = Session(self.job, self.mark.run_id)
         if self.job.mode == "online":
             is_known = self.mark.mode == "online" and self.mark.is_clean

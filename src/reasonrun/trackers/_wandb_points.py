@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _ROUND = re.compile(r"round-(\d+)")
+_FINAL = re.compile(r"final(-[^/]*)?")  # its labels tell runs of different length apart, not metrics
 _EVALUATION = re.compile(r"(^|/)(evaluate|test-)")
 
 
@@ -48,7 +49,7 @@ class Projection:
         scope, _, leaf = step.rpartition("/") if step.count("/") == 0 else step.partition("/")
         if verb != "problems":  # problems are read wherever the method first asks for them
             self._enter(scope)
-        prefix = leaf if not scope or _ROUND.fullmatch(scope) else step
+        prefix = leaf if not scope or _ROUND.fullmatch(scope) else f"{_FINAL.sub('final', scope)}/{leaf}"
         metrics: dict[str, float] = {"round": self._round}
         metrics |= self._numbers(row, verb, prefix, leaf, scope)
         metrics |= self._time(step, verb, leaf)
@@ -68,11 +69,13 @@ class Projection:
             self._spent.clear()
 
     def _numbers(self, row: Mapping[str, Any], verb: str, prefix: str, leaf: str, scope: str) -> dict[str, float]:
+        if verb != "evaluate" and _EVALUATION.search(leaf):
+            return {}  # the evaluation's own row says it better
         values = {key: value for key, value in row.items() if key not in ("step", "verb")}
         if verb == "evaluate":
             split, name = str(row.get("split", "dev")), leaf.rpartition("/")[2]
             table = split if not name.startswith(f"{split}-") else f"{split}/{name.removeprefix(f'{split}-')}"
-            is_own_axis = not scope or scope == "final" or _ROUND.fullmatch(scope)
+            is_own_axis = not scope or _FINAL.fullmatch(scope) or _ROUND.fullmatch(scope)
             return dict(_flat(table if is_own_axis else f"{scope}/{table}", values))
         numbers = dict(_flat("round" if verb == "train" else prefix, values))
         if verb == "curate":

@@ -110,6 +110,10 @@ class Wandb:
         except subprocess.TimeoutExpired:
             code = None
             end_tree(process.pid)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS / 2)
+            with suppress(OSError):
+                process.stdin.close()
         if code != 0:
             why = "was not finished in time" if code is None else "failed"
             tell(f"W&B export {why} (see {self._log_path}); {catch_up(self._run_dir)}")
