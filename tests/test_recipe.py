@@ -126,11 +126,6 @@ def test_numbers_with_exponents_are_numbers_everywhere() -> None:
     assert (recipe.evaluate.temperature, recipe.method.top_p) == (0.5, 0.1)
 
 
-def test_a_bare_off_means_off() -> None:
-    assert load(write(VALID + "preflight: off\n")).resolved["preflight"] == "off"
-    assert load(write(VALID), ["preflight=off"]).preflight == "off"
-
-
 def test_the_result_is_frozen() -> None:
     recipe = load(write(VALID))
     with pytest.raises(AttributeError):
@@ -261,7 +256,7 @@ def test_another_plugin_is_one_change() -> None:
 def test_a_field_that_an_old_run_did_not_know_changes_only_when_it_leaves_its_default() -> None:
     old = load(write(VALID)).resolved
     older = {**old, "method": {key: value for key, value in old["method"].items() if key != "dedupe"}}
-    del older["retain"]
+    del older["seed"]
     assert diff(older, load(write(VALID))) == []
     changed = diff(older, load(write(VALID), ["method.dedupe=true"]))
     assert changed == [FieldChange(path="method.dedupe", old=False, new=True, effect=Effect.SEMANTIC)]

@@ -24,9 +24,7 @@ from reasonrun.recipe_errors import RecipeProblems, from_pydantic, nearest
 from reasonrun.recipe_fields import (
     EvaluateSettings,
     ModelSettings,
-    Preflight,
     RecipeField,
-    RetainSettings,
     fields_of,
     over_defaults,
     recipe_model,
@@ -69,8 +67,6 @@ class ResolvedRecipe:
     trackers: tuple[Any, ...]
     seed: int
     evaluate: EvaluateSettings
-    retain: RetainSettings
-    preflight: Preflight
     classes: Mapping[str, Any]
     resolved: dict[str, Any]
     fields: Mapping[str, RecipeField]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from types import GenericAlias
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, create_model, model_validator
+from pydantic import BaseModel, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from reasonrun.recipe_errors import models_in
@@ -71,25 +70,6 @@ class EvaluateSettings(Settings):
         return self
 
 
-class RetainSettings(Settings):
-    """Which checkpoints stay on disk when a later one has been committed."""
-
-    weights: Literal["all", "last", "best"] = setting("all", Effect.OPERATIONAL, "Weights of finished rounds to keep.")
-    optimizer: Literal["last", "all", "none"] = setting("last", Effect.OPERATIONAL, "Optimizer states to keep.")
-
-
-class Preflight(StrEnum):
-    """What to do with the checks before a run."""
-
-    OFF = "off"
-    REPORT = "report"
-    REFUSE = "refuse"
-
-
-def _off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads a bare off as false
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeField:
     """One field of a recipe: what changing it under a run means, its default (None where required), its meaning."""
@@ -123,14 +103,6 @@ def recipe_model(
         evaluate=(
             EvaluateSettings,
             setting(None, Effect.SEMANTIC, "How policies are measured.", default_factory=EvaluateSettings),
-        ),
-        retain=(
-            RetainSettings,
-            setting(None, Effect.OPERATIONAL, "What stays on disk.", default_factory=RetainSettings),
-        ),
-        preflight=(
-            Annotated[Preflight, BeforeValidator(_off)],
-            setting(Preflight.REPORT, Effect.OPERATIONAL, "Checks before a run: off, report or refuse to start."),
         ),
     )
 

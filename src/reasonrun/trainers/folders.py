@@ -92,7 +92,7 @@ def read_moments(model: Any, optimizer: Any, source: Path) -> None:
     if not path.is_file():
         raise RunFailed(
             f"{path} does not exist, but the step carries its optimizer on.",
-            hint="Set carry_optimizer=false, or retain the optimizer of the previous step (retain.optimizer).",
+            hint="Set carry_optimizer=false, or train the previous step with keep_optimizer=True.",
         )
     tensors = load_file(path)
     for name, parameter in model.named_parameters():
