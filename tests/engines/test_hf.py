@@ -280,6 +280,19 @@ def test_weights_of_another_architecture_make_a_new_model(llama: Path, tmp_path:
         list(engine.generate([requests[0].model_copy(update={"prompt_ids": (5,) * 15})]))
 
 
+def test_a_changed_config_makes_a_new_model_even_if_all_shapes_agree(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 50.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = engine_for(llama)
+    engine.load(checkpoint(tmp_path))
+    requests = ask(6, max_new_tokens=10, temperature=0)
+    assert {key: row.token_ids for (key, _), row in rows_of(engine, requests).items()} == reference_greedy(
+        tmp_path, requests
+    )
+
+
 def test_an_attention_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
