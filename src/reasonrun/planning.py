@@ -96,7 +96,11 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
     renderer = Renderer.load(Path(base.path))
     problems: dict[str, Problem] = {}
     script = Scripted.Settings(
-        accuracy=assumptions.accuracy, gain=assumptions.gain, unanswered=1 - assumptions.parse_rate, truncated=0.0
+        accuracy=assumptions.accuracy,
+        gain=assumptions.gain,
+        spread=0.0,  # problems of one difficulty: the assumed accuracy is then the one that is rehearsed
+        unanswered=1 - assumptions.parse_rate,
+        truncated=0.0,
     )
     planned: list[PlannedStep] = []
     finding = None
