@@ -1,73 +1,21 @@
-"""The Hugging Face engine on a small random Llama, against plain transformers and against itself in other batches."""
+"""What the Hugging Face engine samples, against plain transformers and against itself in other batches."""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_runs import MakeLlama, ask, engine_for, reference_greedy, rows_of
 
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.errors import EnvironmentProblem, RecipeError, RunFailed
-from reasonrun.generation import Completion, Request
-from reasonrun.records import Checkpoint, Sampling
+from reasonrun.records import Sampling
 from reasonrun.rendering import Renderer
-from small_tokenizer import write_tokenizer
-
-MakeLlama = Callable[[int], Path]
-Rows = dict[tuple[str, int], Completion]
-
-
-def checkpoint(folder: Path) -> Checkpoint:
-    return Checkpoint(path=str(folder), weights=folder.name, tokenizer="t")
-
-
-def engine_for(folder: Path, **settings: Any) -> HuggingFace:
-    # One thread: several wait for each other without end on a busy machine.
-    engine = HuggingFace(HuggingFace.Settings(num_threads=1, **settings))
-    engine.load(checkpoint(folder))
-    return engine
-
-
-def ask(num_requests: int, *, n: int = 1, max_new_tokens: int = 8, **sampling: Any) -> list[Request]:
-    """Requests with random prompts of 1 to 50 tokens."""
-    parameters = Sampling(max_new_tokens=max_new_tokens, **sampling)
-    rng = random.Random(7)
-    prompts = [tuple(rng.randrange(3, 500) for _ in range(rng.randrange(1, 51))) for _ in range(num_requests)]
-    return [
-        Request(key=f"r{i}", problem_id="p", prompt_ids=ids, n=n, seed=100 + i, sampling=parameters)
-        for i, ids in enumerate(prompts)
-    ]
-
-
-def rows_of(engine: HuggingFace, requests: Sequence[Request]) -> Rows:
-    completions = list(engine.generate(requests))
-    rows = {(completion.request, completion.index): completion for completion in completions}
-    assert len(rows) == len(completions)
-    assert rows.keys() == {(request.key, i) for request in requests for i in range(request.n)}
-    return rows
-
-
-def reference_greedy(folder: Path, requests: Sequence[Request], **options: Any) -> dict[str, tuple[int, ...]]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = {}
-    for request in requests:
-        ids = torch.tensor([request.prompt_ids])
-        budget = request.sampling.max_new_tokens
-        whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=budget, pad_token_id=2, **options
-        )
-        found[request.key] = tuple(whole[0, ids.shape[1] :].tolist())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -238,74 +186,6 @@ def test_other_errors_of_the_model_are_not_taken_for_memory(llama: Path, monkeyp
         list(engine.generate(ask(3)))
 
 
-def test_new_weights_are_copied_into_the_model_that_is_there(make_llama: MakeLlama) -> None:
-    requests = ask(5, max_new_tokens=8, temperature=0)
-    engine = engine_for(make_llama(0))
-    model, first = engine._model, rows_of(engine, requests)
-    engine.load(checkpoint(make_llama(1)))
-    assert engine._model is model
-    second = rows_of(engine, requests)
-    assert second == rows_of(engine_for(make_llama(1)), requests)
-    assert second != first
-
-
-def test_weights_of_another_architecture_make_a_new_model(llama: Path, tmp_path: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    folder = write_tokenizer(tmp_path)
-    torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        sliding_window=24,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
-    engine = engine_for(llama)
-    engine.load(checkpoint(folder))
-    requests = [
-        r.model_copy(update={"prompt_ids": r.prompt_ids[:14]}) for r in ask(6, max_new_tokens=10, temperature=0)
-    ]
-    rows = rows_of(engine, requests)
-    assert {key: row.token_ids for (key, _), row in rows.items()} == reference_greedy(folder, requests)
-    # Beyond its window this model would need a mask that the engine does not make.
-    with pytest.raises(EnvironmentProblem, match=r"25 tokens outgrows the 24-token attention window"):
-        list(engine.generate([requests[0].model_copy(update={"prompt_ids": (5,) * 15})]))
-
-
-def test_a_changed_config_makes_a_new_model_even_if_all_shapes_agree(llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 50.0
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    engine = engine_for(llama)
-    engine.load(checkpoint(tmp_path))
-    requests = ask(6, max_new_tokens=10, temperature=0)
-    assert {key: row.token_ids for (key, _), row in rows_of(engine, requests).items()} == reference_greedy(
-        tmp_path, requests
-    )
-
-
-def test_an_attention_that_is_not_plain_is_refused(tmp_path: Path) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    folder = write_tokenizer(tmp_path)
-    config = Gemma2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
-    )  # fmt: skip
-    Gemma2ForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(EnvironmentProblem, match=r"softcap(.|\n)*engine=vllm"):
-        list(engine_for(folder).generate(ask(1)))
-
-
 def test_what_exceeds_the_context_is_refused_with_the_numbers(engine: HuggingFace) -> None:
     request = ask(1, max_new_tokens=200)[0].model_copy(update={"prompt_ids": (5,) * 57})
     with pytest.raises(RecipeError, match=r"57 tokens and 200 new ones exceed the 256"):
@@ -321,70 +201,10 @@ def test_a_model_that_answers_nan_fails_the_run(llama: Path) -> None:
             list(engine.generate(ask(1, temperature=temperature)))
 
 
-def test_a_device_that_is_not_there_is_explained(llama: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"engine.device=cuda:99 cannot be used"):
-        engine_for(llama, device="cuda:99")
-
-
-def test_damaged_weights_are_explained_at_first_load_and_at_reload(llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    for engine in (HuggingFace(HuggingFace.Settings(num_threads=1)), engine_for(llama)):
-        with pytest.raises(EnvironmentProblem, match="cannot load the model"):
-            engine.load(checkpoint(tmp_path))
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def model_with_code(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of a kind that only its own code knows; that code leaves a trace when it runs."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / COMMIT
-    shutil.copytree(llama, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "own_kind",
-        "auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.Own"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text(
-        f"import pathlib\npathlib.Path({str(tmp_path / 'trace')!r}).touch()\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n"
-        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    return folder
-
-
-def test_code_of_a_model_does_not_run_unless_its_commit_is_named(model_with_code: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="runs Python code of its own, which the recipe does not allow"):
-        engine_for(model_with_code)
-    with pytest.raises(RecipeError, match="does not name the code"):
-        engine_for(model_with_code, trust_remote_code_commit="f" * 40)
-    assert not (tmp_path / "trace").exists()
-
-
-def test_code_of_a_model_runs_when_its_commit_is_named(model_with_code: Path, tmp_path: Path) -> None:
-    rows_of(engine_for(model_with_code, trust_remote_code_commit=COMMIT), ask(2, max_new_tokens=2))
-    assert (tmp_path / "trace").exists()
-
-
-def test_importing_the_engine_is_cheap() -> None:
-    program = (
-        "import sys, reasonrun.engines.hf, reasonrun.models, reasonrun.rendering\n"
-        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_close_frees_the_model(llama: Path) -> None:
+def test_progress_counts_tokens_while_rows_are_unfinished(llama: Path) -> None:
     engine = engine_for(llama)
-    engine.close()
-    with pytest.raises(RunFailed, match="before load"):
-        list(engine.generate(ask(1)))
-    engine.load(checkpoint(llama))
-    assert rows_of(engine, ask(1, max_new_tokens=1))
+    counts = []
+    for _ in engine.generate(ask(4, n=2, max_new_tokens=5, temperature=0)):
+        counts.append(engine.num_tokens_made)
+    # All rows are as long as they may be, so they end together.
+    assert counts == [40] * 8

@@ -205,7 +205,7 @@ class Decoding:
         window = _BYTES_PER_CHARACTER * max(map(len, sampling.stop)) + _TOKENS_WITHOUT_TEXT
         tails = self._renderer.decode_batch([row.ids[-window:] for row in rows])
         for i, tail in enumerate(tails):
-            if found.get(i) != "stop" and any(stop in tail for stop in sampling.stop):
+            if any(stop in tail for stop in sampling.stop):
                 found[i] = "stop_string"
         return found
 
