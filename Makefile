@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check fmt smoke bench tiny attack clean install
+.PHONY: demo test check fmt smoke bench tiny clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)

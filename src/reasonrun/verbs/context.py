@@ -81,7 +81,6 @@ class Context:
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
-    seconds_in_host: float = 0.0
 
     @property
     def seed(self) -> int:
