@@ -4,9 +4,9 @@
 
 One run makes tokenizer, chat template and weights. The training text is generated: solutions (a few per cent with a
 wrong step, as found text has), solutions after demonstrations or with a hint, second attempts after a first one, and
-judgements. One multiplication fact in five is familiar, the others are rare, and the length of the first phase sets
-how well they are known: half, so that there is something to learn. The second phase, in which they hardly appear,
-trains what the methods need besides (second attempts, judgements) and lets the learning rate fall.
+judgements. The first phase shows one multiplication fact in five, and is long enough to learn what is done with facts.
+The second shows all of them, too briefly to be sure of the new ones, so that there is something to learn; in it the
+learning rate falls to zero. The length of each phase is thus a dial: the first for skill, the second for knowledge.
 ``scripts/tiny_gates.py`` measures the result on the dev split.
 """
 
@@ -18,7 +18,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,14 +46,13 @@ TEMPLATE = (
 )
 
 
-def fact_weight(left: int, right: int, rare: float) -> float:
-    """How often the text shows left * right: 1 for a fifth of the facts, ``rare`` to ``rare / 3`` for the others."""
-    draw = derive_seed("fact", left, right) % 10_000 / 10_000
-    return 1.0 if draw < 0.2 else rare * 3.0 ** -((draw - 0.2) / 0.8)
+def familiar(left: int, right: int) -> bool:
+    """Whether left * right is one of the facts, a fifth of all, that the first phase shows."""
+    return derive_seed("fact", left, right) % 10 < 2
 
 
 def draw_training_chain(rng: random.Random, rare: float) -> Chain:
-    """A chain of the pretraining split whose products follow ``fact_weight``."""
+    """A chain of the pretraining split; ``rare`` is how often an unfamiliar fact is shown, a familiar one being 1."""
     while True:
         multiplications = 0 if rng.random() < 0.1 else 1 if rng.random() < 0.8 else 2
         chain = draw_chain(rng, min_steps=2, max_steps=4, multiplications=multiplications)
@@ -62,7 +60,7 @@ def draw_training_chain(rng: random.Random, rare: float) -> Chain:
         value = chain.start
         for operator, operand in chain.operations:
             if operator == "*":
-                keep *= fact_weight(value, operand, rare)
+                keep *= 1.0 if familiar(value, operand) else rare
             value = apply(value, operator, operand)
         if chain.split == "pretrain" and rng.random() < keep:
             return chain
@@ -77,23 +75,13 @@ def noisy_solution(rng: random.Random, chain: Chain, error_rate: float) -> str:
     return solution_text(solve_with_mistakes(chain, wrong, rng))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Shares of the kinds of conversation; the rest are judgements."""
-
-    plain: float
-    hinted: float
-    few_shot: float
-    second: float
+# Shares of the kinds of conversation; the rest are judgements.
+PLAIN, HINTED, FEW_SHOT, SECOND = 0.40, 0.12, 0.04, 0.24
 
 
-FIRST = Mixture(plain=0.46, hinted=0.10, few_shot=0.04, second=0.16)
-LAST = Mixture(plain=0.36, hinted=0.12, few_shot=0.04, second=0.20)
-
-
-def document(rng: random.Random, error_rate: float, rare: float, mixture: Mixture) -> list[tuple[Turn, bool]]:
+def document(rng: random.Random, error_rate: float, rare: float) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
-    share = [mixture.plain, mixture.hinted, mixture.few_shot, mixture.second]
+    share = [PLAIN, HINTED, FEW_SHOT, SECOND]
     chain = draw_training_chain(rng, rare)
     question = question_text(chain, rng)
     kind = rng.random()
@@ -136,7 +124,7 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0, FIRST)]
+    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
     trainer = trainers.BpeTrainer(
@@ -171,13 +159,13 @@ class Encoder:
 
 
 def batches(
-    encoder: Encoder, seed: int, error_rate: float, rare: float, mixture: Mixture, tokens_per_batch: int
+    encoder: Encoder, seed: int, error_rate: float, rare: float, tokens_per_batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
         pool = sorted(
-            (encoder.encode(document(rng, error_rate, rare, mixture)) for _ in range(2048)),
+            (encoder.encode(document(rng, error_rate, rare)) for _ in range(2048)),
             key=lambda item: len(item[0]),
         )
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
@@ -239,13 +227,11 @@ class Training:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
 
-    def phase(
-        self, name: str, steps: int, rare: float, mixture: Mixture, *, warmup: int, decay: int, done: int = 0
-    ) -> None:
+    def phase(self, name: str, steps: int, rare: float, *, warmup: int, decay: int, done: int = 0) -> None:
         """``steps`` updates on the text of one phase; the learning rate warms up, stays, and falls to zero in ``decay``.
         The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
         seed = derive_seed("tiny", self.args.seed, name)
-        stream = batches(self.encoder, seed, self.args.error_rate, rare, mixture, self.args.tokens_per_batch)
+        stream = batches(self.encoder, seed, self.args.error_rate, rare, self.args.tokens_per_batch)
         begin, tokens, losses = time.monotonic(), 0, []
         for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), stream, strict=False):
             if step <= done:
@@ -290,10 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=3500)
-    parser.add_argument("--last-steps", type=int, default=400)
-    parser.add_argument("--rare", type=float, default=0.08, help="frequency of the rare facts in the first phase")
-    parser.add_argument("--rare-last", type=float, default=0.04, help="the same in the last phase")
+    parser.add_argument("--first-steps", type=int, default=9000)
+    parser.add_argument("--last-steps", type=int, default=600)
     parser.add_argument("--decay-steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--error-rate", type=float, default=0.05)
@@ -307,8 +291,8 @@ def main() -> None:
     if args.from_first:
         training.restore(args.from_first)
         done = int(args.from_first.name.removeprefix("first-"))
-    training.phase("first", args.first_steps, args.rare, FIRST, warmup=100, decay=0, done=done)
-    training.phase("last", args.last_steps, args.rare_last, LAST, warmup=0, decay=args.decay_steps)
+    training.phase("first", args.first_steps, 0.0, warmup=100, decay=0, done=done)
+    training.phase("last", args.last_steps, 1.0, warmup=0, decay=args.decay_steps)
     save(training.model, training.tokenizer, Path(args.out) / "final")
 
 

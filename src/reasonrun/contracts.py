@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from reasonrun.generation import Completion, Request
 from reasonrun.records import Checkpoint, Message, Problem, Score
 from reasonrun.settings import Settings
-from reasonrun.training import TrainJob, TrainResult
+from reasonrun.training import TrainJob, TrainKind, TrainResult
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
@@ -29,7 +29,7 @@ class Method(ABC):
 
     Settings: ClassVar[type[Settings]]
     requires: ClassVar[frozenset[str]] = frozenset({"plain"})
-    trains: ClassVar[bool] = True  # False: there is no last policy to measure when run returns
+    trains: ClassVar[tuple[TrainKind, ...]] = ("sft",)  # what its train steps run; () when it trains nothing
 
     def __init__(self, config: Any) -> None:
         self.config = config

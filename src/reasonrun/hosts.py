@@ -14,13 +14,13 @@ from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.trainers.scripted import ScriptedTrainer
-from reasonrun.training import TrainJob, TrainResult
+from reasonrun.training import TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Unit
 
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, TrainingWorker
 
-TRAINERS = {"sft": "reasonrun.trainers.sft.SFT"}
+TRAINERS: dict[TrainKind, str] = {"sft": "reasonrun.trainers.sft.SFT"}
 
 
 class InProcessHost:
@@ -50,7 +50,7 @@ class WorkerHost:
     def __init__(self, recipe: ResolvedRecipe, run_dir: RunDir, interrupted: Callable[[], int]) -> None:
         self._recipe, self._run_dir, self._interrupted = recipe, run_dir, interrupted
         self._generation: GenerationPool | None = None
-        self._training: dict[str, TrainingWorker] = {}
+        self._training: dict[TrainKind, TrainingWorker] = {}
         self._loaded = ""
         self.unit_rows = int(recipe.engine.unit_rows)
         self._launcher = recipe.classes["launcher"](recipe.launcher)
@@ -60,17 +60,16 @@ class WorkerHost:
             self._generation = self._launcher.generation(
                 recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
             )
+            self._generation.prestart(checkpoint)
+            for kind in self._recipe.classes["method"].trains:  # imports take seconds, which sampling can hide
+                self._training_worker(kind).prestart()
         if self._loaded != checkpoint.weights:
             self._generation.load(checkpoint)
             self._loaded = checkpoint.weights
         yield from self._generation.generate(units)
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
-        if job.kind not in self._training:
-            self._training[job.kind] = self._launcher.training(
-                TRAINERS[job.kind], recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
-            )
-        return self._training[job.kind].train(job, events, retry=retry)
+        return self._training_worker(job.kind).train(job, events, retry=retry)
 
     @property
     def num_starts(self) -> int:
@@ -80,6 +79,13 @@ class WorkerHost:
     def close(self) -> None:
         for pool in self._pools():
             pool.close()
+
+    def _training_worker(self, kind: TrainKind) -> TrainingWorker:
+        if kind not in self._training:
+            self._training[kind] = self._launcher.training(
+                TRAINERS[kind], recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
+            )
+        return self._training[kind]
 
     def _pools(self) -> list[GenerationPool | TrainingWorker]:
         generation = [] if self._generation is None else [self._generation]

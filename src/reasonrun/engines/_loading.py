@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,6 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """The arithmetic that a recipe names; ``auto`` is bfloat16 on a GPU, float32 on the CPU."""
     return _DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
-
-
-def set_threads(num_threads: int) -> None:
-    """Let torch use ``num_threads`` cores, all that this process may use when 0."""
-    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
 
 
 def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted_commit: str) -> Any:

@@ -54,7 +54,9 @@ class HuggingFace:
             256, Effect.NUMERIC, "Completions decoded at once; halved by itself when memory runs out.", ge=1
         )
         prefill_tokens: int = setting(16384, Effect.NUMERIC, "Prompt tokens that go through the model at once.", ge=1)
-        num_threads: int = setting(0, Effect.NUMERIC, "CPU threads of torch; 0 takes every core it may use.", ge=0)
+        num_threads: int = setting(
+            0, Effect.NUMERIC, "CPU threads of torch; 0 takes the launcher's share, or OMP_NUM_THREADS.", ge=0
+        )
         unit_rows: int = setting(512, Effect.OPERATIONAL, "Completions per unit of work, which a kill can cost.", ge=1)
         trust_remote_code_commit: str = setting(
             "",
@@ -84,9 +86,12 @@ class HuggingFace:
         self._renderer = Renderer.load(checkpoint.path)
         if self._scorer is not None and self._weights == checkpoint.weights:
             return
-        from reasonrun.engines._loading import copy_weights, set_threads
+        import torch
 
-        set_threads(self.settings.num_threads)
+        from reasonrun.engines._loading import copy_weights
+
+        if self.settings.num_threads:
+            torch.set_num_threads(self.settings.num_threads)
         architecture = {key: value for key, value in folder.config.items() if key not in _NOT_ARCHITECTURE}
         self._weights = ""
         if self._scorer is None or architecture != self._architecture or not copy_weights(self._model, folder):

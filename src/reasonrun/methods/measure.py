@@ -8,6 +8,7 @@ from reasonrun.contracts import Method
 from reasonrun.records import Checkpoint
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
+from reasonrun.training import TrainKind
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class Measure(Method):
     """Evaluates the base policy as the recipe's ``evaluate`` says and returns it."""
 
-    trains: ClassVar[bool] = False
+    trains: ClassVar[tuple[TrainKind, ...]] = ()
 
     class Settings(SettingsBase):
         """Recipe fields of ``method: measure``."""

@@ -11,6 +11,14 @@ class SFT:
 
     Settings = SFTSettings
 
+    def __init__(self) -> None:
+        from reasonrun.trainers import launch
+
+        launch.prepare_environment()
+        # These imports take seconds; a worker makes its trainer while the first samples are drawn.
+        import reasonrun.trainers.execution
+        import reasonrun.trainers.sft_loss  # noqa: F401
+
     def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
         """Run the job, in several processes when it asks for them.
 
@@ -20,7 +28,6 @@ class SFT:
         """
         from reasonrun.trainers import launch
 
-        launch.prepare_environment()
         if job.num_processes > 1 and not launch.is_rank():
             return launch.train_in_processes("reasonrun.trainers.sft:SFT", job, events)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from reasonrun.errors import EnvironmentProblem, Stopped
 from reasonrun.workers import protocol
@@ -148,3 +149,33 @@ class Crew:
                 leaving = [worker for worker in leaving if not worker.ended]
         finally:
             self.end_all()
+
+
+class CrewOwner:
+    """What everything that works through a crew offers beside its work."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    @property
+    def num_starts(self) -> int:
+        """Processes started so far."""
+        return self._crew.num_starts
+
+    @property
+    def start_seconds(self) -> float:
+        """Seconds that processes spent from their start until they could be asked, summed over processes."""
+        return self._crew.start_seconds
+
+    def close(self) -> None:
+        """End the workers, in order when they are idle. The next call starts new ones."""
+        self._crew.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._crew.end_all()

@@ -6,13 +6,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 from reasonrun.errors import RunFailed
 from reasonrun.generation import Completion, Request
 from reasonrun.records import Checkpoint
 from reasonrun.workers import protocol
-from reasonrun.workers.crew import Crew, Item, Limits
+from reasonrun.workers.crew import Crew, CrewOwner, Item, Limits
 from reasonrun.workers.spawning import WorkerSpec
 from reasonrun.workers.training import TrainingWorker
 from reasonrun.workers.units import Unit, UnitQueue
@@ -23,7 +22,7 @@ _NUM_IDLE_CRASHES = 3  # a worker that ends this often while it starts or loads 
 _LOGPROBS_UNIT = 64  # sequences
 
 
-class GenerationPool:
+class GenerationPool(CrewOwner):
     """Engines in worker processes, started when first needed.
 
     Args:
@@ -66,23 +65,13 @@ class GenerationPool:
             )
             for index, own_env in zip(range(num_workers), device_env or [{}] * num_workers, strict=True)
         ]
-        self._crew = Crew(specs, limits or Limits(), interrupted)
+        super().__init__(Crew(specs, limits or Limits(), interrupted))
         self._checkpoint: Checkpoint | None = None
         self._num_calls = 0
         self._dispatching = False
         self._num_idle_crashes: Counter[int] = Counter()
         self.num_loads = 0
         self.load_seconds = 0.0
-
-    @property
-    def num_starts(self) -> int:
-        """Processes started so far."""
-        return self._crew.num_starts
-
-    @property
-    def start_seconds(self) -> float:
-        """Seconds that processes spent from their start until they could be asked, summed over processes."""
-        return self._crew.start_seconds
 
     def prestart(self, checkpoint: Checkpoint | None = None) -> None:
         """Start all workers that do not run, and the load of ``checkpoint`` if given, without waiting."""
@@ -209,19 +198,6 @@ class GenerationPool:
     def _refuse_while_dispatching(self) -> None:
         if self._dispatching:
             raise RuntimeError("one generate at a time: exhaust or close the running one first")
-
-    def close(self) -> None:
-        """End the workers, in order when they are idle. The next call starts new ones."""
-        self._crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._crew.end_all()
 
 
 def _same(loaded: Checkpoint | None, wanted: Checkpoint | None) -> bool:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
 
 from reasonrun.contracts import TrainEvents
 from reasonrun.training import TrainJob, TrainResult
 from reasonrun.workers import protocol
-from reasonrun.workers.crew import Crew, Limits
+from reasonrun.workers.crew import Crew, CrewOwner, Limits
 from reasonrun.workers.spawning import WorkerSpec
 
 _NUM_FUTILE_CRASHES = 2  # in a row, without a checkpoint between them
 
 
-class TrainingWorker:
+class TrainingWorker(CrewOwner):
     """A trainer in a worker process of its own, started when first needed and kept for the next job.
 
     Args:
@@ -47,19 +46,9 @@ class TrainingWorker:
             python=python,
             env=env or {},
         )
-        self._crew = Crew([spec], limits or Limits(), interrupted)
+        super().__init__(Crew([spec], limits or Limits(), interrupted))
         self._num_processes = num_processes
         self._num_calls = 0
-
-    @property
-    def num_starts(self) -> int:
-        """Processes started so far."""
-        return self._crew.num_starts
-
-    @property
-    def start_seconds(self) -> float:
-        """Seconds that processes spent from their start until they could be asked."""
-        return self._crew.start_seconds
 
     def prestart(self) -> None:
         """Start the worker, if it does not run, without waiting."""
@@ -112,16 +101,3 @@ class TrainingWorker:
             # Whatever went wrong here, nobody waits for this job any more.
             self._crew.end_all()
             raise
-
-    def close(self) -> None:
-        """End the worker. The next job starts a new one."""
-        self._crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._crew.end_all()
