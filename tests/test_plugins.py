@@ -121,6 +121,7 @@ def test_unknown_kind() -> None:
     [
         ("toy_import.Toy", "import surely_not_installed\n" + TOY_METHOD, "No module named 'surely_not_installed'"),
         ("toy_syntax.Toy", "x = (\n", r"toy_syntax\.py:1: .*was never closed"),
+        ("toy_raises.Toy", "x = {}\ny = x['a']\n" + TOY_METHOD, r"toy_raises\.py:2: KeyError: 'a'"),
         ("toy_class.Tey", TOY_METHOD, r"has no class 'Tey'; nearest is Toy"),
         ("toy_contract.Toy", "class Toy:\n    pass\n", "no plug-in of kind methods"),
         ("toy_settings.Toy", TOY_METHOD.replace("Settings(SettingsBase)", "Settings"), "no plug-in of kind methods"),

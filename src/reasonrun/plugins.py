@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -132,8 +133,10 @@ def _import(kind: Kind, name: str, module_name: str) -> ModuleType:
         raise RecipeError(f"{name}: importing {module_name} failed: {error}", hint=_HINT_IMPORT) from None
     except SyntaxError as error:
         raise RecipeError(f"{name}: {error.filename}:{error.lineno}: {error.msg}", hint="correct the module") from None
-    except (ImportError, TypeError, ValueError) as error:
-        raise RecipeError(f"{name}: importing {module_name} failed: {error}", hint=_HINT_IMPORT) from error
+    except Exception as error:  # plug-in boundary: a module's top level may raise anything
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{last.filename}:{last.lineno}: {type(error).__name__}: {error}"
+        raise RecipeError(f"{name}: importing {module_name} failed at {where}", hint=_HINT_IMPORT) from error
 
 
 _HINT_IMPORT = "install what is missing, or correct the module"
