@@ -1,6 +1,6 @@
 """The performance aims, measured side by side: one JSON line per figure, appended to a file or printed.
 
-python scripts/bench.py                # P2, P3, P5, P6, P7 on the carried model
+python scripts/bench.py                # all of them on the carried model
 python scripts/bench.py --only P5 P6
 """
 
@@ -84,9 +84,11 @@ def growth(sizes: list[int]) -> dict[str, Any]:
 MEASURES = {
     "P2": lambda: script("bench_generation.py", str(TINY)),
     "P3": lambda: script("bench_training.py"),
+    "P4": lambda: script("bench_overhead.py", "share"),
     "P5": start_up,
-    "P6": lambda: growth([1_000, 10_000, 100_000]),
+    "P6": lambda: growth([1_000, 10_000, 100_000, 1_000_000]),
     "P7": lambda: script("bench_grading.py"),
+    "P9": lambda: script("bench_overhead.py", "resume"),
 }
 
 

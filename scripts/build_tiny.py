@@ -28,6 +28,7 @@ from reasonrun.prompts import arith as words
 from reasonrun.randomness import derive_seed
 from reasonrun.tasks.arith import (
     Chain,
+    Step,
     apply,
     draw_chain,
     judge_prompt,
@@ -70,23 +71,33 @@ def wrong_positions(rng: random.Random, chain: Chain, num_wrong: int) -> frozens
     return frozenset(rng.sample(range(len(chain.operations)), num_wrong))
 
 
-def noisy_solution(rng: random.Random, chain: Chain, error_rate: float) -> str:
+def found_solution(rng: random.Random, chain: Chain, error_rate: float, slip_rate: float) -> str:
+    """A solution as found text has it: now and then a wrong step, and unfamiliar products often off by a carry."""
     wrong = wrong_positions(rng, chain, 1) if rng.random() < error_rate else frozenset()
-    return solution_text(solve_with_mistakes(chain, wrong, rng))
+    steps, value = [], chain.start
+    for step in solve_with_mistakes(chain, wrong, rng):
+        result = (
+            step.result + apply(value, step.operator, step.right) - apply(step.left, step.operator, step.right)
+        ) % 100
+        if slip_rate and step.operator == "*" and not familiar(value, step.right) and rng.random() < slip_rate:
+            result = (result + rng.choice([10, -10])) % 100
+        steps.append(Step(left=value, operator=step.operator, right=step.right, result=result))
+        value = result
+    return solution_text(steps)
 
 
 # Shares of the kinds of conversation; the rest are judgements.
 PLAIN, HINTED, FEW_SHOT, SECOND = 0.40, 0.12, 0.04, 0.24
 
 
-def document(rng: random.Random, error_rate: float, rare: float) -> list[tuple[Turn, bool]]:
+def document(rng: random.Random, error_rate: float, slip_rate: float, rare: float) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
     share = [PLAIN, HINTED, FEW_SHOT, SECOND]
     chain = draw_training_chain(rng, rare)
     question = question_text(chain, rng)
     kind = rng.random()
     if kind < share[0]:
-        return [(("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
+        return [(("user", question), False), (("assistant", found_solution(rng, chain, error_rate, slip_rate)), True)]
     if kind < sum(share[:2]):
         hinted = words.HINTED.format(question=question, answer=chain.solve()[-1].result)
         return [(("user", hinted), False), (("assistant", solution_text(chain.solve())), True)]
@@ -96,11 +107,15 @@ def document(rng: random.Random, error_rate: float, rare: float) -> list[tuple[T
             shot = draw_training_chain(rng, rare)
             turns.append((("user", question_text(shot, rng)), False))
             turns.append((("assistant", solution_text(shot.solve())), True))
-        return [*turns, (("user", question), False), (("assistant", noisy_solution(rng, chain, error_rate)), True)]
+        return [
+            *turns,
+            (("user", question), False),
+            (("assistant", found_solution(rng, chain, error_rate, slip_rate)), True),
+        ]
     if kind < sum(share):
         num_wrong = 1 if rng.random() < 0.55 else 0
         first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
-        second = first if rng.random() < 0.35 else noisy_solution(rng, chain, error_rate)
+        second = first if rng.random() < 0.35 else found_solution(rng, chain, error_rate, slip_rate)
         return [
             (("user", question), False),
             (("assistant", first), False),
@@ -124,7 +139,7 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 1.0)]
+    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 0.0, 1.0)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
     trainer = trainers.BpeTrainer(
@@ -159,13 +174,13 @@ class Encoder:
 
 
 def batches(
-    encoder: Encoder, seed: int, error_rate: float, rare: float, tokens_per_batch: int
+    encoder: Encoder, seed: int, error_rate: float, slip_rate: float, rare: float, tokens_per_batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
         pool = sorted(
-            (encoder.encode(document(rng, error_rate, rare)) for _ in range(2048)),
+            (encoder.encode(document(rng, error_rate, slip_rate, rare)) for _ in range(2048)),
             key=lambda item: len(item[0]),
         )
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
@@ -227,11 +242,13 @@ class Training:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
 
-    def phase(self, name: str, steps: int, rare: float, *, warmup: int, decay: int, done: int = 0) -> None:
+    def phase(
+        self, name: str, steps: int, rare: float, slip_rate: float, *, warmup: int, decay: int, done: int = 0
+    ) -> None:
         """``steps`` updates on the text of one phase; the learning rate warms up, stays, and falls to zero in ``decay``.
         The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
         seed = derive_seed("tiny", self.args.seed, name)
-        stream = batches(self.encoder, seed, self.args.error_rate, rare, self.args.tokens_per_batch)
+        stream = batches(self.encoder, seed, self.args.error_rate, slip_rate, rare, self.args.tokens_per_batch)
         begin, tokens, losses = time.monotonic(), 0, []
         for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), stream, strict=False):
             if step <= done:
@@ -281,6 +298,7 @@ def main() -> None:
     parser.add_argument("--decay-steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--error-rate", type=float, default=0.05)
+    parser.add_argument("--slip-rate", type=float, default=0.35)
     parser.add_argument("--tokens-per-batch", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=500)
@@ -291,8 +309,8 @@ def main() -> None:
     if args.from_first:
         training.restore(args.from_first)
         done = int(args.from_first.name.removeprefix("first-"))
-    training.phase("first", args.first_steps, 0.0, warmup=100, decay=0, done=done)
-    training.phase("last", args.last_steps, 1.0, warmup=0, decay=args.decay_steps)
+    training.phase("first", args.first_steps, 0.0, 0.0, warmup=100, decay=0, done=done)
+    training.phase("last", args.last_steps, 1.0, args.slip_rate, warmup=0, decay=args.decay_steps)
     save(training.model, training.tokenizer, Path(args.out) / "final")
 
 
