@@ -4,9 +4,9 @@
 
 One run makes tokenizer, chat template and weights. The training text is generated: solutions (a few per cent with a
 wrong step, as found text has), solutions after demonstrations or with a hint, second attempts after a first one, and
-judgements. The first phase shows one multiplication fact in five, and is long enough to learn what is done with facts.
-The second shows all of them, too briefly to be sure of the new ones, so that there is something to learn; in it the
-learning rate falls to zero. The length of each phase is thus a dial: the first for skill, the second for knowledge.
+judgements. The first phases show one multiplication fact in five, and are long enough to learn what is done with facts.
+The last one shows all of them, too briefly to be sure of the new ones, so that there is something to learn; in it the
+learning rate falls to zero. The length of each phase is thus a dial: the first ones for skill, the last for knowledge.
 ``scripts/tiny_gates.py`` measures the result on the dev split.
 """
 
@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +48,40 @@ TEMPLATE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training: shares of the kinds of conversation (the rest are judgements), and what they show."""
+
+    name: str
+    steps: int
+    plain: float
+    hinted: float
+    few_shot: float
+    second: float
+    rare: float = 0.0  # how often an unfamiliar fact is shown, a familiar one being 1
+    slip_rate: float = 0.0  # how often the text is a carry off at an unfamiliar product
+    error_rate: float = 0.05  # how often it has a wrong step, whatever the step
+    warmup: int = 0
+    decay: int = 0
+
+
+PHASES = (
+    Phase(name="first", steps=6000, plain=0.40, hinted=0.12, few_shot=0.04, second=0.24, warmup=100),
+    Phase(name="checks", steps=1000, plain=0.16, hinted=0.08, few_shot=0.02, second=0.20),
+    Phase(
+        name="facts",
+        steps=200,
+        plain=0.40,
+        hinted=0.12,
+        few_shot=0.04,
+        second=0.24,
+        rare=1.0,
+        slip_rate=0.2,
+        decay=150,
+    ),
+)
+
+
 def familiar(left: int, right: int) -> bool:
     """Whether left * right is one of the facts, a fifth of all, that the first phase shows."""
     return derive_seed("fact", left, right) % 10 < 2
@@ -71,51 +106,48 @@ def wrong_positions(rng: random.Random, chain: Chain, num_wrong: int) -> frozens
     return frozenset(rng.sample(range(len(chain.operations)), num_wrong))
 
 
-def found_solution(rng: random.Random, chain: Chain, error_rate: float, slip_rate: float) -> str:
+def found_solution(rng: random.Random, chain: Chain, phase: Phase) -> str:
     """A solution as found text has it: now and then a wrong step, and unfamiliar products often off by a carry."""
-    wrong = wrong_positions(rng, chain, 1) if rng.random() < error_rate else frozenset()
+    wrong = wrong_positions(rng, chain, 1) if rng.random() < phase.error_rate else frozenset()
     steps, value = [], chain.start
     for step in solve_with_mistakes(chain, wrong, rng):
         result = (
             step.result + apply(value, step.operator, step.right) - apply(step.left, step.operator, step.right)
         ) % 100
-        if slip_rate and step.operator == "*" and not familiar(value, step.right) and rng.random() < slip_rate:
+        unfamiliar = step.operator == "*" and not familiar(value, step.right)
+        if phase.slip_rate and unfamiliar and rng.random() < phase.slip_rate:
             result = (result + rng.choice([10, -10])) % 100
         steps.append(Step(left=value, operator=step.operator, right=step.right, result=result))
         value = result
     return solution_text(steps)
 
 
-# Shares of the kinds of conversation; the rest are judgements.
-PLAIN, HINTED, FEW_SHOT, SECOND = 0.40, 0.12, 0.04, 0.24
-
-
-def document(rng: random.Random, error_rate: float, slip_rate: float, rare: float) -> list[tuple[Turn, bool]]:
+def document(rng: random.Random, phase: Phase) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
-    share = [PLAIN, HINTED, FEW_SHOT, SECOND]
-    chain = draw_training_chain(rng, rare)
+    share = [phase.plain, phase.hinted, phase.few_shot, phase.second]
+    chain = draw_training_chain(rng, phase.rare)
     question = question_text(chain, rng)
     kind = rng.random()
     if kind < share[0]:
-        return [(("user", question), False), (("assistant", found_solution(rng, chain, error_rate, slip_rate)), True)]
+        return [(("user", question), False), (("assistant", found_solution(rng, chain, phase)), True)]
     if kind < sum(share[:2]):
         hinted = words.HINTED.format(question=question, answer=chain.solve()[-1].result)
         return [(("user", hinted), False), (("assistant", solution_text(chain.solve())), True)]
     if kind < sum(share[:3]):
         turns: list[tuple[Turn, bool]] = []
         for _ in range(2):
-            shot = draw_training_chain(rng, rare)
+            shot = draw_training_chain(rng, phase.rare)
             turns.append((("user", question_text(shot, rng)), False))
             turns.append((("assistant", solution_text(shot.solve())), True))
         return [
             *turns,
             (("user", question), False),
-            (("assistant", found_solution(rng, chain, error_rate, slip_rate)), True),
+            (("assistant", found_solution(rng, chain, phase)), True),
         ]
     if kind < sum(share):
         num_wrong = 1 if rng.random() < 0.55 else 0
         first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
-        second = first if rng.random() < 0.35 else found_solution(rng, chain, error_rate, slip_rate)
+        second = first if rng.random() < 0.35 else found_solution(rng, chain, phase)
         return [
             (("user", question), False),
             (("assistant", first), False),
@@ -139,7 +171,8 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, 0.1, 0.0, 1.0)]
+    everything = replace(PHASES[0], rare=1.0, error_rate=0.1)
+    text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, everything)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
     trainer = trainers.BpeTrainer(
@@ -174,13 +207,13 @@ class Encoder:
 
 
 def batches(
-    encoder: Encoder, seed: int, error_rate: float, slip_rate: float, rare: float, tokens_per_batch: int
+    encoder: Encoder, seed: int, phase: Phase, tokens_per_batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (ids_BT, labels_BT), length-grouped."""
     rng = random.Random(seed)
     while True:
         pool = sorted(
-            (encoder.encode(document(rng, error_rate, slip_rate, rare)) for _ in range(2048)),
+            (encoder.encode(document(rng, phase)) for _ in range(2048)),
             key=lambda item: len(item[0]),
         )
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
@@ -229,7 +262,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 class Training:
-    """Model, optimizer and the two phases."""
+    """Model, optimizer and the phases."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
@@ -242,30 +275,30 @@ class Training:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
 
-    def phase(
-        self, name: str, steps: int, rare: float, slip_rate: float, *, warmup: int, decay: int, done: int = 0
-    ) -> None:
-        """``steps`` updates on the text of one phase; the learning rate warms up, stays, and falls to zero in ``decay``.
+    def run(self, phase: Phase, *, done: int = 0) -> None:
+        """The updates of one phase; the learning rate warms up, stays, and falls to zero in ``decay`` steps.
         The first ``done`` batches are drawn and passed over: their updates are in the restored state."""
-        seed = derive_seed("tiny", self.args.seed, name)
-        stream = batches(self.encoder, seed, self.args.error_rate, slip_rate, rare, self.args.tokens_per_batch)
+        stream = batches(
+            self.encoder, derive_seed("tiny", self.args.seed, phase.name), phase, self.args.tokens_per_batch
+        )
         begin, tokens, losses = time.monotonic(), 0, []
-        for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), stream, strict=False):
+        for step, (ids_BT, labels_BT) in zip(range(1, phase.steps + 1), stream, strict=False):
             if step <= done:
                 begin = time.monotonic()
                 continue
-            scale = min(1.0, step / warmup) if warmup else 1.0
+            scale = min(1.0, step / phase.warmup) if phase.warmup else 1.0
+            scale *= min(1.0, (phase.steps - step + 1) / phase.decay) if phase.decay else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * scale * (min(1.0, (steps - step + 1) / decay) if decay else 1.0)
+                group["lr"] = self.args.lr * scale
             losses.append(self.update(ids_BT, labels_BT))
             tokens += ids_BT.numel()
             if step % 100 == 0:
                 seconds = time.monotonic() - begin
-                line = {"phase": name, "step": step, "loss": round(sum(losses[-100:]) / 100, 4)}
+                line = {"phase": phase.name, "step": step, "loss": round(sum(losses[-100:]) / 100, 4)}
                 line |= {"tokens": tokens, "seconds": round(seconds), "tokens_per_second": round(tokens / seconds)}
                 print(json.dumps(line), flush=True)
-            if step % self.args.save_every == 0:
-                self.save(Path(self.args.out) / f"{name}-{step}")
+            if step % self.args.save_every == 0 or step == phase.steps:
+                self.save(Path(self.args.out) / f"{phase.name}-{step}")
 
     def update(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         logits_BTV = self.model(ids_BT).logits
@@ -293,24 +326,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=9000)
-    parser.add_argument("--last-steps", type=int, default=600)
-    parser.add_argument("--decay-steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--error-rate", type=float, default=0.05)
-    parser.add_argument("--slip-rate", type=float, default=0.35)
     parser.add_argument("--tokens-per-batch", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--from-first", type=Path, help="go on from a saved folder first-N of an earlier run")
+    parser.add_argument("--resume", type=Path, help="go on from a saved folder PHASE-STEP of an earlier run")
     args = parser.parse_args()
     training = Training(args)
-    done = 0
-    if args.from_first:
-        training.restore(args.from_first)
-        done = int(args.from_first.name.removeprefix("first-"))
-    training.phase("first", args.first_steps, 0.0, 0.0, warmup=100, decay=0, done=done)
-    training.phase("last", args.last_steps, 1.0, args.slip_rate, warmup=0, decay=args.decay_steps)
+    phases, done = list(PHASES), 0
+    if args.resume:
+        training.restore(args.resume)
+        name, _, step = args.resume.name.partition("-")
+        done = int(step)
+        while phases[0].name != name:
+            del phases[0]
+    for phase in phases:
+        training.run(phase, done=done)
+        done = 0
     save(training.model, training.tokenizer, Path(args.out) / "final")
 
 

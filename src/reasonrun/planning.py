@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,4 +166,63 @@ def format_plan(plan: Plan) -> list[str]:
     lines.append("assumed: " + ", ".join(f"{k}={v:g}" for k, v in plan.assumptions.model_dump().items()))
     if plan.finding:
         lines.append(f"the rehearsal ended in a finding: {plan.finding}")
+    return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A plan beside the run that followed. Steps that the plan could count exactly must have that count."""
+
+    as_planned: int
+    other_size: dict[str, tuple[int, int]]  # exact in the plan, and yet another size in the run: planned, actual
+    not_planned: list[str]
+    not_run: list[str]
+    tokens: dict[str, tuple[int, int, int]]  # by verb: expected, worst, actual
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+_ACTUAL_UNITS = {"sample": "num_rollouts", "grade": "num_rollouts", "train": "num_steps", "curate": "num_rows"}
+
+
+def compare(plan: Plan, rows: Sequence[dict[str, Any]]) -> Comparison:
+    """``plan`` beside the lines of a finished run's ``metrics.jsonl``."""
+    actual = {row["step"]: row for row in rows if row["verb"] in _ACTUAL_UNITS}
+    planned = {step.step: step for step in plan.steps}
+    other_size = {}
+    for name in planned.keys() & actual.keys():
+        units, row = planned[name].units, actual[name]
+        done = int(row[_ACTUAL_UNITS[row["verb"]]])
+        if units.exact and done != round(units.expected):
+            other_size[name] = (round(units.expected), done)
+    sampled = [step.tokens for step in plan.steps if step.verb == "sample"]
+    return Comparison(
+        as_planned=len(planned.keys() & actual.keys()) - len(other_size),
+        other_size=dict(sorted(other_size.items())),
+        not_planned=sorted(actual.keys() - planned.keys()),
+        not_run=sorted(planned.keys() - actual.keys()),
+        tokens={
+            "generated": (
+                round(sum(tokens.expected for tokens in sampled)),
+                round(sum(tokens.worst for tokens in sampled)),
+                sum(int(row["num_completion_tokens"]) for row in actual.values() if row["verb"] == "sample"),
+            )
+        },
+    )
+
+
+def format_comparison(comparison: Comparison) -> list[str]:
+    """The comparison as text lines."""
+    expected, worst, actual = comparison.tokens["generated"]
+    lines = [
+        f"plan:  {comparison.as_planned} steps as planned; {actual:,} tokens generated, {expected:,} expected,"
+        f" at most {worst:,}"
+    ]
+    for name, (planned, done) in comparison.other_size.items():
+        lines.append(f"       {name}: planned {planned:,}, was {done:,}")
+    for label, names in (("not planned", comparison.not_planned), ("planned, not run", comparison.not_run)):
+        if names:
+            lines.append(f"       {label}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
     return lines
