@@ -13,7 +13,7 @@ from reasonrun.contracts import Method
 from reasonrun.curate.filtering import star_rows
 from reasonrun.curate.group import curation, imitate
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
-from reasonrun.planning import Assumptions, plan
+from reasonrun.planning import Assumptions, compare, plan
 from reasonrun.recipe import load
 from reasonrun.records import LeftOut, Rollout, Sampling
 from reasonrun.running import RunOptions, run
@@ -195,6 +195,23 @@ def test_the_plan_matches_the_run_where_it_says_exact(tmp_path):
     assert [step.step.split("/")[-1] for step in guessed] == ["sample-hinted"] * 2
     for step in guessed:
         assert done[step.step] <= step.units.worst == 8
+
+
+def test_a_run_is_compared_with_its_plan(tmp_path):
+    recipe = load("smoke_star", SMALL)
+    planned = plan(recipe, Assumptions(), SilentProgress())
+    rows = run(recipe, RunOptions(directory=tmp_path / "run"), SilentProgress()).rows
+    found = compare(planned, rows)
+    assert not found.other_size and not found.not_run
+    assert all("/test-" in name for name in found.not_planned)
+    expected, worst, actual = found.tokens["generated"]
+    assert 0.8 * expected < actual <= worst
+
+    tampered = [{**row, "num_rollouts": 1} if row["step"] == "round-001/sample" else row for row in rows]
+    without = [row for row in tampered if row["step"] != "round-001/grade"]
+    found = compare(planned, without)
+    assert found.other_size == {"round-001/sample": (32, 1)}
+    assert found.not_run == ["round-001/grade"]
 
 
 def test_the_plan_scales_to_the_real_problem_set_and_names_its_assumptions():

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from reasonrun.cli.main import print_json
-from reasonrun.cli.progress import BarProgress, PlainProgress
+from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
+from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 from reasonrun.running import Outcome, RunOptions, run, run_directory
@@ -50,6 +51,10 @@ def train_command(
         print_json({"directory": str(outcome.directory), "result": outcome.result})
         return
     show(outcome)
+    if not outcome.already_finished:
+        rows = read_lines(outcome.directory / "metrics.jsonl")
+        for line in format_comparison(compare(plan(resolved, Assumptions(), SilentProgress()), rows)):
+            typer.echo(line)
 
 
 def show(outcome: Outcome) -> None:
