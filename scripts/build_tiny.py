@@ -40,6 +40,8 @@ from reasonrun.tasks.arith import (
 )
 
 Turn = tuple[str, str]  # role, text
+# A judge's right or wrong is one token of many, and the hardest to learn.
+VERDICTS, VERDICT_WEIGHT = ("Ġright", "Ġwrong"), 10.0
 CONTEXT = 768
 END = "<|im_end|>"
 TEMPLATE = (
@@ -58,6 +60,7 @@ class Phase:
     hinted: float
     few_shot: float
     second: float
+    compare: float = 0.0
     rare: float = 0.0  # how often an unfamiliar fact is shown, a familiar one being 1
     slip_rate: float = 0.0  # how often the text is a carry off at an unfamiliar product
     error_rate: float = 0.05  # how often it has a wrong step, whatever the step
@@ -66,7 +69,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(name="first", steps=4000, plain=0.40, hinted=0.12, few_shot=0.04, second=0.24, warmup=100),
+    # Comparing two numbers comes first and alone: beside everything else it is not found.
+    Phase(name="compare", steps=300, plain=0.0, hinted=0.0, few_shot=0.0, second=0.0, compare=1.0, warmup=50),
+    Phase(name="first", steps=2750, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
     Phase(
         name="facts",
         steps=200,
@@ -121,8 +126,21 @@ def found_solution(rng: random.Random, chain: Chain, phase: Phase) -> str:
     return solution_text(steps)
 
 
+def comparisons(rng: random.Random) -> list[tuple[Turn, bool]]:
+    """Pairs of numbers with the verdicts of a judge."""
+    lines = []
+    for _ in range(20):
+        left = right = rng.randrange(100)
+        if rng.random() < 0.5:
+            right = (left + rng.choice([1, -1, 2, -2, 10, -10, 20, -20, 30, -30])) % 100
+        lines.append(f"= {left} , I get {right} {'right' if left == right else 'wrong'}")
+    return [(("user", "Compare."), False), (("assistant", "\n".join(lines)), True)]
+
+
 def document(rng: random.Random, phase: Phase) -> list[tuple[Turn, bool]]:
     """One training conversation: turns, each with whether it is learnt."""
+    if phase.compare and rng.random() < phase.compare:
+        return comparisons(rng)
     share = [phase.plain, phase.hinted, phase.few_shot, phase.second]
     chain = draw_training_chain(rng, phase.rare)
     question = question_text(chain, rng)
@@ -170,7 +188,7 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    everything = replace(PHASES[0], rare=1.0, error_rate=0.1)
+    everything = replace(PHASES[1], rare=1.0, error_rate=0.1)
     text = [f"{role}\n{content}" for _ in range(3000) for (role, content), _ in document(rng, everything)]
     text += [f" {n}" for n in range(100)] * 200
     text += ["system\n", "assistant\n", "user\n"] * 200
@@ -273,6 +291,9 @@ class Training:
         self.tokenizer = build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         self.model = new_model(self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END))
+        self.weight_V = torch.ones(self.tokenizer.get_vocab_size())
+        for verdict in VERDICTS:
+            self.weight_V[self.tokenizer.token_to_id(verdict)] = VERDICT_WEIGHT
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
         size = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"parameters {size:,}, vocabulary {self.tokenizer.get_vocab_size()}", flush=True)
@@ -304,7 +325,9 @@ class Training:
 
     def update(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         logits_BTV = self.model(ids_BT).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), weight=self.weight_V
+        )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.metrics import mean_interval_over_seeds
+from reasonrun.models import resolve
+from reasonrun.recipe import load
 
 ARMS = {
     "star_arith": 5,
@@ -51,6 +53,7 @@ def summarise(arm: str, seed: int, directory: Path, exit_code: int) -> dict[str,
         "seed": seed,
         "exit_code": exit_code,
         "recipe": identity["recipe"],
+        "base_weights": resolve(load(arm).model).weights,
         "dev_greedy": [row["greedy"]["accuracy"] for row in dev],
         "dev_sampled": [row["sampled"]["accuracy"] for row in dev],
         "kept_share": [row["kept_share"] for row in curated],

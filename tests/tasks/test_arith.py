@@ -47,8 +47,8 @@ def test_rubric_score_is_one_plus_four_times_the_share_of_right_steps():
 def test_judgement_recomputes_each_step():
     steps = solve_with_mistakes(CHAIN, frozenset({0}), random.Random(3))
     lines = judgement_text(steps).split("\n")
-    assert lines[0] == f"Step 1: 17 * 7 = {steps[0].result} , I get 19 , wrong"
-    assert lines[1].endswith(", right")
+    assert lines[0] == f"Step 1: 17 * 7 = {steps[0].result} , I get 19 wrong"
+    assert lines[1].endswith(" right")
     assert lines[-1] == "[RESULT] 3"  # 1 + floor(4 * 2 / 3)
 
 

@@ -158,7 +158,7 @@ def judgement_text(steps: Sequence[Step]) -> str:
     for number, step in enumerate(steps, start=1):
         result = apply(step.left, step.operator, step.right)
         verdict = "right" if step.correct else "wrong"
-        lines.append(f"Step {number}: {step} , I get {result} , {verdict}")
+        lines.append(f"Step {number}: {step} , I get {result} {verdict}")
     return "\n".join([*lines, f"[RESULT] {rubric_score(steps)}"])
 
 
