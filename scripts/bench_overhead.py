@@ -27,13 +27,14 @@ from reasonrun.workers import protocol
 from reasonrun.workers.process import WorkerProcess
 
 Interval = tuple[float, float]
+NAMES = ("start", "generate", "grade", "train_set_up", "train", "train_write")
 
 
 class Clock:
     """Intervals in which workers start, generate and train, and in which the supervisor grades."""
 
     def __init__(self) -> None:
-        self.spent: dict[str, list[Interval]] = {"start": [], "generate": [], "train": [], "grade": []}
+        self.spent: dict[str, list[Interval]] = {name: [] for name in NAMES}
         self._began: dict[tuple[int, str], float] = {}
         self._logged = 0.0
         self._watch_workers()
@@ -43,6 +44,8 @@ class Clock:
         send, note = WorkerProcess.send, WorkerProcess._note
 
         def timed_send(worker: WorkerProcess, message: protocol.ToWorker) -> None:
+            if isinstance(message, protocol.Train):
+                self._logged = time.monotonic()
             if isinstance(message, protocol.Setup | protocol.Generate):
                 self._began[worker.pid, message.kind] = time.monotonic()
             send(worker, message)
@@ -58,9 +61,11 @@ class Clock:
             elif isinstance(message, protocol.Generated):
                 self.spent["generate"].append((self._began.pop((worker.pid, "generate")), now))
             elif isinstance(message, protocol.Event) and message.event["event"] == "log":
-                if message.event["step"] > 1:
-                    self.spent["train"].append((self._logged, now))
+                name = "train" if message.event["step"] > 1 else "train_set_up"
+                self.spent[name].append((self._logged, now))
                 self._logged = now
+            elif isinstance(message, protocol.Trained):
+                self.spent["train_write"].append((self._logged, now))
 
         WorkerProcess.send, WorkerProcess._note = timed_send, timed_note  # type: ignore[method-assign]
 

@@ -71,7 +71,7 @@ class Phase:
 PHASES = (
     # Comparing two numbers comes first and alone: beside everything else it is not found.
     Phase(name="compare", steps=300, plain=0.0, hinted=0.0, few_shot=0.0, second=0.0, compare=1.0, warmup=50),
-    Phase(name="first", steps=2750, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
+    Phase(name="first", steps=4000, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
     Phase(
         name="facts",
         steps=200,
@@ -270,6 +270,16 @@ def new_model(vocab_size: int, end_id: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def shape_numbers(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """Let every number start as the sum of a vector for its tens and one for its units, as its digits would tell."""
+    table_VD = model.get_input_embeddings().weight.data
+    width = table_VD.shape[1]
+    tens, units = torch.randn(10, width) * 0.08, torch.randn(10, width) * 0.08
+    for n in range(100):
+        own = 0.02 * torch.randn(width)
+        table_VD[tokenizer.token_to_id(f"\u0120{n}")] = 0.7 * (tens[n // 10] + units[n % 10]) + own
+
+
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, safe_serialization=True)
@@ -291,6 +301,7 @@ class Training:
         self.tokenizer = build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         self.model = new_model(self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id(END))
+        shape_numbers(self.model, self.tokenizer)
         self.weight_V = torch.ones(self.tokenizer.get_vocab_size())
         for verdict in VERDICTS:
             self.weight_V[self.tokenizer.token_to_id(verdict)] = VERDICT_WEIGHT
