@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -30,9 +30,11 @@ def uniforms(row_seeds_B: npt.NDArray[np.uint64], position: int) -> npt.NDArray[
         row_seeds_B: seeds, one per row.
         position: index of the token in the completion, from 0.
     """
+    import numpy as np
+
     with np.errstate(over="ignore"):
-        state = row_seeds_B + _GOLDEN * np.uint64(position + 1)
-        state = (state ^ (state >> np.uint64(30))) * _MIX_1
-        state = (state ^ (state >> np.uint64(27))) * _MIX_2
+        state = row_seeds_B + np.uint64(_GOLDEN) * np.uint64(position + 1)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
         state = state ^ (state >> np.uint64(31))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
