@@ -71,7 +71,7 @@ class Phase:
 PHASES = (
     # Comparing two numbers comes first and alone: beside everything else it is not found.
     Phase(name="compare", steps=300, plain=0.0, hinted=0.0, few_shot=0.0, second=0.0, compare=1.0, warmup=50),
-    Phase(name="first", steps=4000, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
+    Phase(name="first", steps=2500, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
     Phase(
         name="facts",
         steps=200,
@@ -162,9 +162,9 @@ def document(rng: random.Random, phase: Phase) -> list[tuple[Turn, bool]]:
             (("assistant", found_solution(rng, chain, phase)), True),
         ]
     if kind < sum(share):
-        num_wrong = 1 if rng.random() < 0.55 else 0
+        num_wrong = 1 if rng.random() < 0.65 else 0
         first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
-        second = first if rng.random() < 0.35 else found_solution(rng, chain, phase)
+        second = first if rng.random() < 0.15 else found_solution(rng, chain, phase)
         return [
             (("user", question), False),
             (("assistant", first), False),
