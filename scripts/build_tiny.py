@@ -65,6 +65,9 @@ class Phase:
     rare: float = 0.0  # how often an unfamiliar fact is shown, a familiar one being 1
     slip_rate: float = 0.0  # how often the text is a carry off at an unfamiliar product
     error_rate: float = 0.05  # how often it has a wrong step, whatever the step
+    wrong_first: float = 0.55  # how often the first of two attempts has a wrong step
+    copied: float = 0.35  # how often the second attempt repeats the first
+    lr: float = 1.0  # factor of the learning rate
     warmup: int = 0
     decay: int = 0
 
@@ -72,24 +75,33 @@ class Phase:
 PHASES = (
     # Comparing two numbers comes first and alone: beside everything else it is not found.
     Phase(name="compare", steps=300, plain=0.0, hinted=0.0, few_shot=0.0, second=0.0, compare=1.0, warmup=50),
-    Phase(name="first", steps=2500, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
+    # Copies make reading a question quick to learn; left in, no second attempt would ever differ from the first.
+    Phase(name="first", steps=750, plain=0.38, hinted=0.12, few_shot=0.04, second=0.22, compare=0.03, warmup=50),
+    Phase(name="solve", steps=850, plain=0.42, hinted=0.12, few_shot=0.04, second=0.36, wrong_first=0.8, copied=0.0),
     Phase(
         name="facts",
-        steps=200,
-        plain=0.40,
-        hinted=0.12,
+        steps=280,
+        plain=0.34,
+        hinted=0.10,
         few_shot=0.04,
-        second=0.24,
+        second=0.44,
         rare=1.0,
-        slip_rate=0.2,
-        decay=150,
+        slip_rate=0.5,
+        wrong_first=0.8,
+        copied=0.0,
+        lr=0.5,
+        decay=280,
     ),
 )
 
 
 def familiar(left: int, right: int) -> bool:
-    """Whether left * right is one of the facts, a fifth of all, that the first phase shows."""
-    return derive_seed("fact", left, right) % 10 < 2
+    """Whether left * right is one of the facts, a tenth of all, that the early phases show."""
+    return derive_seed("fact", left, right) % 10 < 1
+
+
+# How often an unfamiliar multiple is shown: the easy ones less, so that all of them are about equally uncertain.
+SHOWN = {2: 0.45, 3: 0.75, 4: 0.9, 5: 0.42, 6: 0.8, 7: 1.0, 8: 0.9, 9: 0.8}
 
 
 def draw_training_chain(rng: random.Random, rare: float) -> Chain:
@@ -101,7 +113,7 @@ def draw_training_chain(rng: random.Random, rare: float) -> Chain:
         value = chain.start
         for operator, operand in chain.operations:
             if operator == "*":
-                keep *= 1.0 if familiar(value, operand) else rare
+                keep *= 1.0 if familiar(value, operand) else rare * SHOWN[operand]
             value = apply(value, operator, operand)
         if chain.split == "pretrain" and rng.random() < keep:
             return chain
@@ -109,6 +121,12 @@ def draw_training_chain(rng: random.Random, rare: float) -> Chain:
 
 def wrong_positions(rng: random.Random, chain: Chain, num_wrong: int) -> frozenset[int]:
     return frozenset(rng.sample(range(len(chain.operations)), num_wrong))
+
+
+def mistake_of_own(rng: random.Random, chain: Chain) -> frozenset[int]:
+    """Where a first attempt goes wrong: mostly at a product, as the model's own attempts do."""
+    products = [position for position, (operator, _) in enumerate(chain.operations) if operator == "*"]
+    return frozenset([rng.choice(products)]) if products and rng.random() < 0.9 else wrong_positions(rng, chain, 1)
 
 
 def found_solution(rng: random.Random, chain: Chain, phase: Phase) -> str:
@@ -121,7 +139,7 @@ def found_solution(rng: random.Random, chain: Chain, phase: Phase) -> str:
         ) % 100
         unfamiliar = step.operator == "*" and not familiar(value, step.right)
         if phase.slip_rate and unfamiliar and rng.random() < phase.slip_rate:
-            result = (result + rng.choice([10, -10])) % 100
+            result = (result + rng.choice([10, -10, 20, -20])) % 100
         steps.append(Step(left=value, operator=step.operator, right=step.right, result=result))
         value = result
     return solution_text(steps)
@@ -159,9 +177,9 @@ def document(rng: random.Random, phase: Phase) -> list[tuple[Turn, bool]]:
             turns.append((("assistant", solution_text(shot.solve())), True))
         return [*turns, (("user", question), False), (("assistant", found_solution(rng, chain, phase)), True)]
     if kind < sum(share):
-        num_wrong = 1 if rng.random() < 0.65 else 0
-        first = solution_text(solve_with_mistakes(chain, wrong_positions(rng, chain, num_wrong), rng))
-        second = first if rng.random() < 0.15 else found_solution(rng, chain, phase)
+        wrong = mistake_of_own(rng, chain) if rng.random() < phase.wrong_first else frozenset()
+        first = solution_text(solve_with_mistakes(chain, wrong, rng))
+        second = first if rng.random() < phase.copied else solution_text(chain.solve())
         return [
             (("user", question), False),
             (("assistant", first), False),
@@ -320,12 +338,12 @@ class Training:
             scale = min(1.0, step / phase.warmup) if phase.warmup else 1.0
             scale *= min(1.0, (phase.steps - step + 1) / phase.decay) if phase.decay else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = self.args.lr * scale
+                group["lr"] = self.args.lr * phase.lr * scale
             losses.append(self.update(ids_BT, labels_BT))
             tokens += ids_BT.numel()
             if step % 100 == 0:
                 seconds = time.monotonic() - begin
-                line = {"phase": phase.name, "step": step, "loss": round(sum(losses[-100:]) / 100, 4)}
+                line = {"phase": phase.name, "step": step, "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4)}
                 line |= {"tokens": tokens, "seconds": round(seconds), "tokens_per_second": round(tokens / seconds)}
                 print(json.dumps(line), flush=True)
             if step % self.args.save_every == 0 or step == phase.steps:

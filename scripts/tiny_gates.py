@@ -20,7 +20,7 @@ from reasonrun.generation import Request
 from reasonrun.metrics import bootstrap_interval, wilson_interval
 from reasonrun.prompts import arith as words
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Message, Problem, Sampling
+from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
 from reasonrun.rendering import Renderer
 from reasonrun.tasks.arith import (
     Arith,
@@ -47,12 +47,13 @@ class Bench:
             Request(
                 key=str(number),
                 problem_id="",
-                prompt_ids=self.renderer.render(messages),
+                prompt_ids=prompt_ids,
                 n=n,
-                seed=derive_seed("gates", number, str(temperature)),
+                # Of the prompt, so that a second attempt does not repeat the draws of the first.
+                seed=derive_seed("gates", digest(list(prompt_ids)), str(temperature)),
                 sampling=sampling,
             )
-            for number, messages in enumerate(conversations)
+            for number, prompt_ids in enumerate(map(self.renderer.render, conversations))
         ]
         texts = [[""] * n for _ in conversations]
         for completion in self.engine.generate(requests):

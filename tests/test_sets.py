@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,12 +231,12 @@ def test_index_arrays_select_and_order_rows(tmp_path: Path) -> None:
         wanted = [22, 0, 7, 7, 13, 1]
         taken = rows.take(wanted)
         assert list(taken) == [records[i] for i in wanted] and taken[2] == records[7]
-        assert taken.ids() == [f"r{i}" for i in wanted]
+        assert taken.column("id") == [f"r{i}" for i in wanted]
         assert taken.column("seed").tolist() == [2**62 + i for i in wanted]
         again = taken.take(np.array([True, False, False, True, True, False]))
-        assert again.ids() == ["r22", "r7", "r13"]
+        assert again.column("id") == ["r22", "r7", "r13"]
         assert again.column("messages") == [records[i].messages for i in (22, 7, 13)]
-        assert rows[20:].ids() == ["r20", "r21", "r22"] and rows[:0].ids() == [] and list(rows[:0]) == []
+        assert rows[20:].column("id") == ["r20", "r21", "r22"] and rows[:0].column("id") == [] and list(rows[:0]) == []
         for wrong in (23, -24):
             with pytest.raises(IndexError):
                 rows[wrong]
@@ -255,8 +256,9 @@ def test_columns_are_arrays_for_numbers_and_lists_otherwise() -> None:
     assert rows.column("score.value") == [i / 2 for i in range(11)]
     assert rows.column("score.answer") == [None if i % 3 else str(i) for i in range(11)]
     assert rows.column("score") == [row.score for row in graded]
-    assert rows.ids() == [f"r{i}" for i in range(11)]
-    assert len(set(Rows.of(Score, [score(1), score(1), score(2)]).ids())) == 2
+    assert rows.column("rollout.id") == [f"r{i}" for i in range(11)]
+    parts = list(rows[1:].parts())
+    assert len(parts) == math.ceil(10 / sets.BATCH_ROWS) and [row for part in parts for row in part] == graded[1:]
     leaves = [Tree(leaf=leaf, words=[], free=[]) for leaf in (None, Leaf(flag=True), None, Leaf(flag=None))]
     assert Rows.of(Tree, leaves).column("leaf.flag") == [None, True, None, None]
     assert Rows.of(Tree, leaves)[1:].column("leaf.name") == ["a", None, "a"]

@@ -6,6 +6,7 @@ rehearsal it also carries an ``Extent``: how large it will be in the real run.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -77,7 +78,10 @@ class RolloutSet:
 
     @property
     def digest(self) -> str:
-        return digest(list(self.rows.ids()))
+        running = hashlib.sha256()
+        for part in self.rows.parts():
+            running.update(digest(part.column("id")).encode())
+        return running.hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +103,18 @@ class GradedSet:
 
     @property
     def digest(self) -> str:
-        values = [None if np.isnan(value) else float(value) for value in self.values]
-        return digest([self.rollouts.digest, values])
+        return digest([self.rollouts.digest, hashlib.sha256(self.values.data).hexdigest()])
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
         """Scores per rollout; NaN where the grader could not tell."""
-        return np.array([np.nan if v is None else v for v in self.scores.column("value")], dtype=np.float64)
+        values = np.full(len(self), np.nan)
+        start = 0
+        for part in self.scores.parts():
+            column = [np.nan if value is None else value for value in part.column("value")]
+            values[start : start + len(part)] = column
+            start += len(part)
+        return values
 
     @property
     def accuracy(self) -> float:
@@ -115,7 +124,8 @@ class GradedSet:
     def of_problem(self, problem_id: str) -> list[Graded]:
         """The rows of one problem, in order; empty when it was not sampled."""
         start, stop = self._spans().get(problem_id, (0, 0))
-        return [Graded.model_construct(rollout=self.rollouts.rows[i], score=self.scores[i]) for i in range(start, stop)]
+        rows = zip(self.rollouts.rows[start:stop], self.scores[start:stop], strict=True)
+        return [Graded.model_construct(rollout=rollout, score=score) for rollout, score in rows]
 
     def unsolved(self) -> ProblemSet:
         """The problems of which no rollout is right. Problems with nothing but ungraded rows are not among them."""
@@ -139,12 +149,12 @@ class GradedSet:
 
     def _spans(self) -> dict[str, tuple[int, int]]:
         if not self._starts and len(self):
-            ids = self.rollouts.rows.column("problem_id")
-            start = 0
-            for position in range(1, len(ids) + 1):
-                if position == len(ids) or ids[position] != ids[start]:
-                    self._starts[str(ids[start])] = (start, position)
-                    start = position
+            position = 0
+            for part in self.rollouts.rows.parts():
+                for problem_id in part.column("problem_id"):
+                    start, _ = self._starts.get(problem_id, (position, 0))
+                    position += 1
+                    self._starts[problem_id] = (start, position)
         return self._starts
 
 

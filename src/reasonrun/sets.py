@@ -80,7 +80,10 @@ class Rows(Generic[R]):
     def __getitem__(self, key: slice) -> Rows[R]: ...
     def __getitem__(self, key: int | slice) -> R | Rows[R]:
         if isinstance(key, slice):
-            return self.take(np.arange(len(self))[key])
+            start, stop, step = key.indices(len(self))
+            if step != 1:
+                return self.take(np.arange(len(self))[key])
+            return type(self)(self.record_type, self._batches, self._positions(start, max(start, stop)))
         position = key + len(self) if key < 0 else key
         if not 0 <= position < len(self):
             raise IndexError(f"row {key} of a set of {len(self)}")
@@ -122,15 +125,10 @@ class Rows(Generic[R]):
                 values[place] = value
         return values
 
-    def ids(self) -> list[str]:
-        """What identifies each row: its ``id``, that of the first nested record with one, or a content digest."""
-        columns = columns_of(self.record_type)
-        if any(column.name == "id" for column in columns):
-            return list(self.column("id"))
-        for column in columns:
-            if any(field.name == "id" for field in column.fields):
-                return list(self.column(f"{column.name}.id"))
-        return [digest(row.model_dump(mode="python")) for row in self]
+    def parts(self) -> Iterator[Rows[R]]:
+        """The set in consecutive pieces of at most ``BATCH_ROWS`` rows, for work in flat memory."""
+        for start in range(0, len(self), BATCH_ROWS):
+            yield self[start : start + BATCH_ROWS]
 
     def _positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return np.arange(start, stop) if self._indexes is None else self._indexes[start:stop]

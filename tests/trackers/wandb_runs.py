@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.ledger.files import Files
-from reasonrun.ledger.tables import write_shards
+from reasonrun.ledger.tables import TableWriter
 from reasonrun.records import Message, Rollout, Sampling, Score, Segment
 
 INTERVAL_OF_HALF = [0.3, 0.7]
@@ -53,8 +53,10 @@ def write_round(run: Path, number: int) -> None:
         Score(value=float(i % 2), answer=str(i), reason="correct" if i % 2 else "wrong", grader="number-1")
         for i in range(6)
     ]
-    write_shards(scope / "sample", "rows", Rollout, rollouts, Files())
-    write_shards(scope / "grade", "rows", Score, scores, Files())
+    for name, rows in (("sample", rollouts), ("grade", scores)):
+        with TableWriter(scope / name, "rows", type(rows[0]), Files()) as table:
+            for row in rows:
+                table.append(row)
 
 
 def rollout(number: int, index: int) -> Rollout:

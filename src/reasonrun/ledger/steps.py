@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from reasonrun.ledger.seals import OK_NAME, Seal, read_seal, verify_files, write
 from reasonrun.records import Record, digest
 
 if TYPE_CHECKING:
+    from reasonrun.ledger.tables import TableWriter
     from reasonrun.ledger.wal import Wal
 
 STEP_NAME = "step.json"
@@ -158,12 +159,20 @@ class OpenStep:
         Returns:
             The number of rows.
         """
-        from reasonrun.ledger.tables import write_shards  # pyarrow is slow to import, and a finished run seals nothing
+        with self.table(table, record_type) as writer:
+            for row in rows:
+                writer.append(row)
+        return writer.num_rows
+
+    @contextmanager
+    def table(self, table: str, record_type: type[Record]) -> Iterator[TableWriter]:
+        """A table to append rows to, for a step that fills several at once; sealed when the block ends well."""
+        from reasonrun.ledger.tables import TableWriter  # pyarrow is slow to import, and a finished run seals nothing
 
         _check_component(table, "a table")
-        counted = _Counted(rows)
-        self._entries |= write_shards(self.path, table, record_type, counted, self._files)
-        return counted.num_rows
+        with TableWriter(self.path, table, record_type, self._files) as writer:
+            yield writer
+        self._entries |= writer.entries
 
     def put_json(self, name: str, value: Any) -> None:
         """Store a JSON value as ``<name>.json``. Raises ValueError for a name that is taken."""
@@ -268,15 +277,3 @@ class OpenStep:
 
     def _aside(self, name: str) -> Path:
         return self._quarantine.new_folder() / "steps" / self.name / name
-
-
-class _Counted:
-    """Counts rows while they stream through."""
-
-    def __init__(self, rows: Iterable[Record]) -> None:
-        self._rows, self.num_rows = rows, 0
-
-    def __iter__(self) -> Any:
-        for row in self._rows:
-            self.num_rows += 1
-            yield row

@@ -91,7 +91,8 @@ def _watch(parent: int, finish_seconds: float) -> Callable[[], bool]:
     over = threading.Event()
 
     def wait_for_end() -> None:
-        while sys.stdin.buffer.read(1):
+        # Not through sys.stdin, whose lock, held by a thread, aborts an interpreter that ends.
+        while os.read(sys.stdin.fileno(), 1):
             pass
         over.set()
 

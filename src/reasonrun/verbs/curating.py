@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from functools import cache
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 from reasonrun.curate.group import Group
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
@@ -15,6 +17,9 @@ from reasonrun.records import Example, Graded, LeftOut, Problem, Segment, SFTExa
 from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep
+
+if TYPE_CHECKING:
+    from reasonrun.ledger.tables import TableWriter
 
 Curation = Callable[..., Iterator[Example | LeftOut]]
 
@@ -76,24 +81,33 @@ def _version(job: CurateJob) -> int:
 
 
 def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
-    examples: list[Example] = []
-    left_out: list[LeftOut] = []
-    for outcome in _outcomes(ctx, job):
-        (left_out if isinstance(outcome, LeftOut) else examples).append(outcome)  # type: ignore[arg-type]
-    _conserve(job, examples, left_out)
-    step.seal_table("rows", type(examples[0]) if examples else SFTExample, iter(examples))
-    step.seal_table("left_out", LeftOut, iter(left_out))
-    reasons = dict(sorted(Counter(row.reason for row in left_out).items()))
+    """Both tables are written as the rows come, so that memory does not grow with them."""
     num_rows = sum(len(rows) for rows in job.sets)
+    reasons: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    with ExitStack() as tables:
+        left_out = tables.enter_context(step.table("left_out", LeftOut))
+        examples: TableWriter | None = None
+        for outcome in _outcomes(ctx, job):
+            if isinstance(outcome, LeftOut):
+                reasons[outcome.reason] += 1
+                left_out.append(outcome)
+                continue
+            examples = examples or tables.enter_context(step.table("rows", type(outcome)))
+            sources[outcome.source] += 1
+            examples.append(outcome)
+        if examples is None:
+            tables.enter_context(step.table("rows", SFTExample))
+    num_examples = sources.total()
     result = {
         "num_rows": num_rows,
-        "num_examples": len(examples),
-        "sources": dict(sorted(Counter(example.source for example in examples).items())),
-        "left_out": reasons,
-        "kept_share": round(len(examples) / num_rows, 6) if num_rows else 0.0,
+        "num_examples": num_examples,
+        "sources": dict(sorted(sources.items())),
+        "left_out": dict(sorted(reasons.items())),
+        "kept_share": round(num_examples / num_rows, 6) if num_rows else 0.0,
     }
     committed = step.commit(result)
-    ctx.progress.end(job.name, f"kept {len(examples)} of {num_rows}")
+    ctx.progress.end(job.name, f"kept {num_examples} of {num_rows}")
     return committed
 
 
@@ -101,6 +115,7 @@ def _outcomes(ctx: Context, job: CurateJob) -> Iterator[Example | LeftOut]:
     problems: dict[str, Problem] = {problem.id: problem for rows in job.sets for problem in rows.problems}
     for problem in problems.values():
 
+        @cache
         def prompt(style: str, problem: Problem = problem) -> Segment:
             return Segment(token_ids=ctx.prompt(problem, style)[1], src="prompt", loss=False)
 
@@ -109,36 +124,51 @@ def _outcomes(ctx: Context, job: CurateJob) -> Iterator[Example | LeftOut]:
             return Segment(token_ids=ids, src="gold", loss=True)
 
         rows: list[list[Graded]] = [graded.of_problem(problem.id) for graded in job.graded]
-        yield from job.function(Group(problem=problem, prompt=prompt, gold=gold), *rows, **job.params)
+        group = Group(problem=problem, prompt=prompt, gold=gold)
+        yield from _conserving(job, problem.id, rows, job.function(group, *rows, **job.params))
 
 
-def _conserve(job: CurateJob, examples: list[Example], left_out: list[LeftOut]) -> None:
-    """Rows in = rows used + rows left out (promise G17). A row may serve several examples, never none in silence."""
-    given = {id_ for graded in job.graded for id_ in graded.rollouts.rows.ids()}
-    used = set(chain.from_iterable(example.rollout_ids for example in examples))
-    dropped = [row.rollout_id for row in left_out]
+def _conserving(
+    job: CurateJob, problem_id: str, rows: list[list[Graded]], outcomes: Iterator[Example | LeftOut]
+) -> Iterator[Example | LeftOut]:
+    """The outcomes of one problem, checked at the end: rows in = rows used + rows left out (promise G17).
+
+    A row may serve several examples, never none in silence.
+    """
+    used: set[str] = set()
+    dropped: list[str] = []
+    for outcome in outcomes:
+        if isinstance(outcome, LeftOut):
+            dropped.append(outcome.rollout_id)
+        else:
+            used.update(outcome.rollout_ids)
+        yield outcome
+    given = {row.rollout.id for graded in rows for row in graded}
     missing, twice = given - used - set(dropped), len(dropped) - len(set(dropped)) + len(used & set(dropped))
-    if missing or twice or not used <= given:
+    foreign = (used | set(dropped)) - given
+    if missing or twice or foreign:
         raise RunFailed(
-            f"step {job.name}: {job.dotted} must use every row or leave it out with a reason: {len(missing)} rows were"
-            f" neither, {twice} were both or left out twice, {len(used - given)} are not rows of its inputs",
+            f"step {job.name}: {job.dotted} must use every row or leave it out with a reason. Of problem {problem_id}"
+            f" {len(missing)} rows were neither, {twice} were both or left out twice, and {len(foreign)} that it named"
+            " are not rows of this problem",
             hint="yield a LeftOut for each row that is not used",
         )
 
 
 def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     """Run a committed curation again under changed code and stop when it chooses other rows."""
-    committed = [
-        example.model_dump_json() for example in Rows.load(_row_type(step), step.table_paths("rows"), ctx.cache_dir)
-    ]
-    again = [outcome.model_dump_json() for outcome in _outcomes(ctx, job) if not isinstance(outcome, LeftOut)]
-    if committed == again:
+    committed = iter(Rows.load(_row_type(step), step.table_paths("rows"), ctx.cache_dir))
+    again = (outcome for outcome in _outcomes(ctx, job) if not isinstance(outcome, LeftOut))
+    num_again = changed = 0
+    for old, new in zip_longest(committed, again):
+        num_again += new is not None
+        changed += old is None or new is None or old.model_dump_json() != new.model_dump_json()
+    if not changed:
         ctx.progress.say(f"{job.name}: the code changed, the curated rows are equal")
         return
-    changed = sum(a != b for a, b in zip(committed, again, strict=False)) + abs(len(committed) - len(again))
     raise RunConflict(
-        f"step {job.name}: the code of the method or of curation changed, and it now makes {len(again)} examples"
-        f" instead of {len(committed)} ({changed} differ)",
+        f"step {job.name}: the code of the method or of curation changed, and it now makes {num_again} examples"
+        f" instead of {step.result['num_examples']} ({changed} differ)",
         hint="revert the code; or keep the committed rows with --accept-code; or run again from this step with"
         f" --redo {job.name}; or start a new run with --run NEW",
     )
