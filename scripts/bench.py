@@ -60,8 +60,8 @@ from reasonrun.recipe import load
 from reasonrun.running import RunOptions, run
 from pathlib import Path
 n = int(sys.argv[1])
-recipe = load("smoke_star", ["task.num_train=100", "task.num_dev=2", "task.num_test=2", "method.rounds=1",
-                             "method.rationalize=false", f"method.num_samples={n // 100}"])
+recipe = load("smoke_star", ["task.num_train=1000", "task.num_dev=2", "task.num_test=2", "method.rounds=1",
+                             "method.rationalize=false", f"method.num_samples={n // 1000}"])
 begin = time.perf_counter()
 run(recipe, RunOptions(directory=Path(sys.argv[2])), SilentProgress())
 anonymous = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -70,7 +70,7 @@ print(json.dumps({"seconds_per_rollout": (time.perf_counter() - begin) / n, "ano
 
 
 def growth(sizes: list[int]) -> dict[str, Any]:
-    """P6: the supervisor's seconds per rollout and anonymous memory with the scripted engine."""
+    """P6: the supervisor's seconds per rollout and anonymous memory with the scripted engine, 1,000 problems."""
     found = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,14 @@
-"""Measure a build of ``tiny`` against the gates of decision note 0001, on the dev split, with 95 % intervals.
+"""Measure a build of ``tiny`` against the gates of decision note 0001, with 95 % intervals.
 
-python scripts/tiny_gates.py runs/tiny/final --num-problems 300
+python scripts/tiny_gates.py runs/tiny/final --num-problems 300            # the dev split, for choosing the phases
+python scripts/tiny_gates.py src/reasonrun/assets/tiny-1 --num-problems 2000 --split test   # what is reported
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.generation import Request
 from reasonrun.metrics import bootstrap_interval, wilson_interval
+from reasonrun.models import weights_digest
 from reasonrun.prompts import arith as words
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
@@ -110,8 +113,17 @@ def judging(bench: Bench, problems: Sequence[Problem]) -> dict[str, Any]:
     return {
         "judge: parsed": proportion([match is not None for match in matches]),
         "judge: exact": proportion(pairs[:, 0] == pairs[:, 1]),
-        "judge: Pearson": float(np.corrcoef(pairs.T)[0, 1]) if len(pairs) > 2 else None,
+        "judge: Pearson": correlation(pairs),
     }
+
+
+def correlation(pairs: Any) -> list[float] | None:
+    """Pearson's r with Fisher's interval; None where it is not defined."""
+    if len(pairs) < 4 or not pairs.std(axis=0).all():
+        return None
+    r = float(np.corrcoef(pairs.T)[0, 1])
+    reach = 1.96 / math.sqrt(len(pairs) - 3)
+    return [r, math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)]
 
 
 def proportion(flags: Any) -> list[float]:
@@ -127,9 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--num-problems", type=int, default=300)
+    parser.add_argument("--split", choices=("dev", "test"), default="dev")
     args = parser.parse_args()
-    task = Arith(Arith.Settings(num_dev=args.num_problems))
-    problems = task.problems("dev")
+    task = Arith(Arith.Settings(num_dev=args.num_problems, num_test=args.num_problems))
+    problems = task.problems(args.split)
     grader = task.grader()
 
     def right(problem: Problem, text: str) -> bool:
@@ -137,7 +150,8 @@ def main() -> None:
 
     bench = Bench(args.model)
     measured = {**solving(bench, task, problems, right), **judging(bench, problems)}
-    print(json.dumps({"num_problems": len(problems), **measured}, indent=1))
+    weights = weights_digest(args.model)
+    print(json.dumps({"split": args.split, "weights": weights, "num_problems": len(problems), **measured}, indent=1))
 
 
 if __name__ == "__main__":
