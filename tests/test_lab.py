@@ -15,11 +15,11 @@ from reasonrun.curate.group import curation, imitate
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.planning import Assumptions, compare, plan
 from reasonrun.recipe import load
-from reasonrun.records import LeftOut, Rollout, Sampling
+from reasonrun.records import LeftOut, PreferenceExample, Rollout, Sampling
 from reasonrun.running import RunOptions, run
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
-from reasonrun.training import SFTSettings
+from reasonrun.training import PreferenceSettings, SFTSettings
 
 SMALL = ["task.num_train=8", "task.num_dev=4", "task.num_test=4"]
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=64)
@@ -129,6 +129,49 @@ def test_curation_that_loses_a_row_is_stopped(toy):
 @curation(version=1)
 def losing(group, rows):
     return iter(())
+
+
+@curation(version=1)
+def first_two_as_pair(group, rows):
+    first, second = rows
+    yield PreferenceExample(
+        problem_id=group.problem.id,
+        rollout_ids=(first.rollout.id, second.rollout.id),
+        prefix_ids=first.rollout.prompt_ids,
+        chosen_ids=first.rollout.completion_ids,
+        rejected_ids=second.rollout.completion_ids,
+    )
+
+
+@curation(version=1)
+def one_of_each_kind(group, rows):
+    yield from first_two_as_pair(group, rows)
+    yield imitate(group.prompt("plain"), rows[0])
+
+
+def test_pairs_reach_the_trainer_of_pairs_and_no_other(toy):
+    def body(lab):
+        rows = lab.curate(first_two_as_pair, sampled(lab))
+        assert len(rows) == 8 and rows.kind == "preference" and rows.rows[0].chosen_ids
+        with pytest.raises(RecipeError, match=r"the trainer sft cannot learn from first_two_as_pair.*kind preference"):
+            learn(lab, rows)
+        return lab.train(
+            "preference",
+            rows,
+            start=lab.base,
+            reference=lab.base,
+            settings=PreferenceSettings(lr=1e-4),
+            num_steps=4,
+            name="train-pairs",
+        )
+
+    kinds = {row["step"]: row["kind"] for row in toy(body).rows if row["verb"] == "curate"}
+    assert kinds == {"first_two_as_pair": "preference"}
+
+
+def test_a_curation_gives_one_kind_of_examples(toy):
+    with pytest.raises(RunFailed, match="gave examples of kind preference and of kind sft"):
+        toy(lambda lab: lab.curate(one_of_each_kind, sampled(lab)))
 
 
 def test_a_lambda_or_an_unmarked_function_cannot_curate(toy):

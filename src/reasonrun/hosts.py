@@ -20,7 +20,10 @@ from reasonrun.verbs.context import Unit
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, TrainingWorker
 
-TRAINERS: dict[TrainKind, str] = {"sft": "reasonrun.trainers.sft.SFT"}
+TRAINERS: dict[TrainKind, str] = {
+    "sft": "reasonrun.trainers.sft.SFT",
+    "preference": "reasonrun.trainers.preference.Preference",
+}
 
 
 class InProcessHost:

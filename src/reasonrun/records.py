@@ -143,6 +143,11 @@ class SFTExample(Record):
     weight: float = 1.0
     source: str = "self"  # self, hinted, gold …: counted in the round table
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its forward pass."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
 
 class PreferenceExample(Record):
     """Two continuations of one prefix. Ids are used as they are: nothing is appended."""
@@ -159,8 +164,17 @@ class PreferenceExample(Record):
     win_probability: float = 1.0
     source: str = "self"
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its forward pass, in which both sequences begin with the prefix."""
+        return 2 * len(self.prefix_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
 
 Example = SFTExample | PreferenceExample
+EXAMPLE_TYPES: dict[str, type[SFTExample] | type[PreferenceExample]] = {
+    "sft": SFTExample,
+    "preference": PreferenceExample,
+}
 
 
 class LeftOut(Record):

@@ -168,6 +168,7 @@ class ExampleSet:
     step: str
     digest: str
     extent: Extent
+    kind: str  # of its examples, which is that of the trainer they are for
     sources: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -57,6 +57,18 @@ class SFTSettings(OptimizerSettings):
     )
 
 
+class PreferenceSettings(OptimizerSettings):
+    """Learning from pairs against a frozen reference; the losses are spelt out in ``trainers/preference_loss.py``."""
+
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "sppo"] = setting(
+        "sigmoid", Effect.SEMANTIC, "sigmoid is DPO's; a pair's smoothing makes it conservative DPO."
+    )
+    beta: float = setting(0.1, Effect.SEMANTIC, "Strength of the pull towards the reference.", gt=0)
+    nll_weight: float = setting(
+        0.0, Effect.SEMANTIC, "Weight of an added negative log-likelihood per chosen token.", ge=0
+    )
+
+
 class TrainJob(Record):
     """One training step, complete: a worker needs nothing else.
 

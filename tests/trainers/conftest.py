@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sft_rows import VOCAB, Events, write_rows
 
-from reasonrun.records import Checkpoint, SFTExample
-from reasonrun.training import SFTSettings, TrainJob
+from reasonrun.records import Checkpoint, PreferenceExample, SFTExample
+from reasonrun.training import PreferenceSettings, SFTSettings, TrainJob
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def make_job(tmp_path: Path, start: Checkpoint) -> JobMaker:
     """``make_job(examples, out="a", num_steps=4, lr=…)``: words that are not of the job are settings."""
 
     def make(
-        examples: Sequence[SFTExample],
+        examples: Sequence[SFTExample] | Sequence[PreferenceExample],
         *,
         out: str = "out",
         num_steps: int = 4,
@@ -66,9 +66,11 @@ def make_job(tmp_path: Path, start: Checkpoint) -> JobMaker:
     ) -> TrainJob:
         out_dir = tmp_path / out
         out_dir.mkdir()
-        chosen = SFTSettings(**{"lr": 1e-3, "batch_size": 4, "checkpoint_every": 1000, **settings})
+        kind = examples[0].kind if examples else "sft"
+        settings_type = {"sft": SFTSettings, "preference": PreferenceSettings}[kind]
+        chosen = settings_type(**{"lr": 1e-3, "batch_size": 4, "checkpoint_every": 1000, **settings})
         fields: dict[str, Any] = {
-            "kind": "sft",
+            "kind": kind,
             "rows": (write_rows(tmp_path / f"{out}.parquet", examples),),
             "start": start,
             "settings": chosen.model_dump(mode="json"),

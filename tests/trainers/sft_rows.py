@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reasonrun.columns import arrow_schema, to_arrow_rows
-from reasonrun.records import Segment, SFTExample
+from reasonrun.records import PreferenceExample, Segment, SFTExample
 
 VOCAB = 64
 
@@ -37,10 +37,33 @@ def random_examples(num: int, seed: int = 0, longest: int = 24) -> list[SFTExamp
     return examples
 
 
-def write_rows(path: Path, examples: Sequence[SFTExample]) -> str:
+def pair(
+    name: str, prefix: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], **numbers: float
+) -> PreferenceExample:
+    return PreferenceExample(
+        problem_id=f"p-{name}",
+        rollout_ids=(name,),
+        prefix_ids=tuple(prefix),
+        chosen_ids=tuple(chosen),
+        rejected_ids=tuple(rejected),
+        **numbers,
+    )
+
+
+def random_pairs(num: int, seed: int = 0, longest: int = 24) -> list[PreferenceExample]:
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for i in range(num):
+        parts = [[int(x) for x in rng.integers(3, VOCAB, size=size)] for size in rng.integers(2, longest // 2, size=3)]
+        pairs.append(pair(f"r{i}", *parts))
+    return pairs
+
+
+def write_rows(path: Path, examples: Sequence[SFTExample] | Sequence[PreferenceExample]) -> str:
     """A file with the columns that the ledger seals."""
-    batches = [to_arrow_rows(SFTExample, list(examples))] if examples else []
-    pq.write_table(pa.Table.from_batches(batches, schema=arrow_schema(SFTExample)), path)
+    kind = type(examples[0]) if examples else SFTExample
+    batches = [to_arrow_rows(kind, list(examples))] if examples else []
+    pq.write_table(pa.Table.from_batches(batches, schema=arrow_schema(kind)), path)
     return str(path)
 
 

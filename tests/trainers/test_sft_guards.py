@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class CallLossesThen:
         self.after = after
 
     def __call__(self, objective: SFTObjective, model: Any, batch: Indexes, micro: Indexes, device: Any) -> Any:
-        losses, num_tokens = self.original(objective, model, batch, micro, device)
-        return self.after(losses, model, micro), num_tokens
+        computed = self.original(objective, model, batch, micro, device)
+        return replace(computed, losses_B=self.after(computed.losses_B, model, micro))
 
 
 def replace_losses(monkeypatch: pytest.MonkeyPatch, after: Any) -> None:

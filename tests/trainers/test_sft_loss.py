@@ -14,7 +14,7 @@ from sft_rows import example, random_examples, write_rows
 
 from reasonrun.errors import Finding
 from reasonrun.records import Checkpoint, Segment, SFTExample
-from reasonrun.trainers.examples import SFTRows, read_rows, usable_rows
+from reasonrun.trainers.examples import Sequences, read_rows, usable_rows
 from reasonrun.trainers.sft_loss import SFTObjective
 
 CPU = torch.device("cpu")
@@ -31,13 +31,13 @@ class Table(torch.nn.Module):
         return SimpleNamespace(logits=self.logits[: len(input_ids), logits_to_keep])
 
 
-def rows_of(tmp_path: Path, *examples: SFTExample) -> SFTRows:
+def rows_of(tmp_path: Path, *examples: SFTExample) -> Sequences:
     return read_rows([write_rows(tmp_path / "rows.parquet", examples)])
 
 
-def losses(model: Any, rows: SFTRows, reduction: Literal["token", "example"] = "token") -> torch.Tensor:
+def losses(model: Any, rows: Sequences, reduction: Literal["token", "example"] = "token") -> torch.Tensor:
     batch = np.arange(len(rows))
-    return SFTObjective(rows, reduction).losses(model, batch, batch, CPU)[0]
+    return SFTObjective(rows, reduction).losses(model, batch, batch, CPU).losses_B
 
 
 # Position 0 gives token 1 the probability 3/4, position 1 gives every token 1/2.
@@ -152,7 +152,7 @@ def test_accumulation_is_the_full_batch(
     rows = rows_of(tmp_path, *random_examples(8))
     model, objective, batch = load(start), SFTObjective(rows, reduction), np.arange(8)
     whole = gradients(model, losses(model, rows, reduction).sum())
-    parts = [objective.losses(model, batch, micro, CPU)[0].sum() for micro in (batch[:3], batch[3:4], batch[4:])]
+    parts = [objective.losses(model, batch, micro, CPU).losses_B.sum() for micro in (batch[:3], batch[3:4], batch[4:])]
     assert (sum(gradients(model, part) for part in parts) - whole).abs().max().item() < 1e-6
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from reasonrun.randomness import derive_seed
 from reasonrun.trainers import launch
 from reasonrun.trainers.batches import plan_batches
 from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
-from reasonrun.trainers.step_trainer import Objective, StepTrainer
+from reasonrun.trainers.objective import Objective
+from reasonrun.trainers.step_trainer import StepTrainer
 from reasonrun.training import LoRASettings, OptimizerSettings, TrainJob, TrainResult
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -84,6 +85,7 @@ def _train(
         out_dir=out_dir,
         events=events,
     )
+    objective.begin(trainer.model, _reference(job, trainer), Path(job.resume_from) if job.resume_from else None)
     if carry and job.resume_from is None:
         read_moments(model, trainer.create_optimizer(), Path(str(job.start.optimizer_path)))
     trainer.train(resume_from_checkpoint=job.resume_from)
@@ -92,7 +94,7 @@ def _train(
         _write_outputs(model, trainer.optimizer, job, stored_dtype)
     if args.world_size > 1:
         dist.barrier()
-    return _result(trainer.state.log_history, len(objective.lengths), settings.batch_size, counts)
+    return _result(trainer.state.log_history, objective, settings.batch_size, counts)
 
 
 @contextmanager
@@ -166,6 +168,25 @@ def _load(job: TrainJob, settings: OptimizerSettings) -> tuple[Any, torch.dtype]
     return _with_adapters(model, settings.lora), stored_dtype
 
 
+def _reference(job: TrainJob, trainer: StepTrainer) -> Callable[[], Any] | None:
+    """Gives the job's reference model in the arithmetic of the trained one; None where that still is the reference.
+
+    The trained model is the reference before its first update when both have the same weights; an adapter starts as
+    zero.
+    """
+    reference = job.reference
+    if reference is None or (reference.weights == job.start.weights and job.resume_from is None):
+        return None
+
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            reference.path, dtype="auto", use_safetensors=True, local_files_only=True
+        )
+        return trainer.accelerator.prepare_model(model.float().to(trainer.args.device), evaluation_mode=True)
+
+    return load
+
+
 def _with_adapters(model: Any, lora: LoRASettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -192,10 +213,14 @@ def _write_outputs(model: Any, optimizer: Any, job: TrainJob, stored_dtype: torc
     write_model(model.to(stored_dtype), Path(job.start.path), out_dir / "final")
 
 
-def _result(history: list[dict[str, float]], num_rows: int, batch_size: int, counts: dict[str, int]) -> TrainResult:
+def _result(
+    history: list[dict[str, float]], objective: Objective, batch_size: int, counts: dict[str, int]
+) -> TrainResult:
     """Sums over all steps, earlier attempts included: the history travels with each checkpoint."""
+    num_rows = len(objective.lengths)
     last = history[-max(1, len(history) // 10) :]
-    metrics: dict[str, float] = {key: sum(row[key] for row in last) / len(last) for key in _REPORTED}
+    reported = (*_REPORTED, *objective.statistics)
+    metrics: dict[str, float] = {key: sum(row[key] for row in last) / len(last) for key in reported}
     metrics["first_loss"] = history[0]["loss"]
     metrics["num_examples"] = num_rows
     metrics["num_epochs"] = len(history) * batch_size / num_rows

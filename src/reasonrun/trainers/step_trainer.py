@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,28 +19,11 @@ from reasonrun.contracts import TrainEvents
 from reasonrun.errors import RunFailed
 from reasonrun.trainers.batches import Indexes, micro_batches, share_of_rank
 from reasonrun.trainers.folders import commit_folder
+from reasonrun.trainers.objective import Objective
 
 _MAX_NAMED_ROWS = 20
 # Gradients are summed over processes in pieces of about this many elements: few messages, little extra memory.
 _ALL_REDUCE_ELEMENTS = 16 * 2**20
-
-
-class Objective(Protocol):
-    """Rows and their loss; what makes one kind of training differ from another."""
-
-    lengths: Indexes  # tokens of each row
-
-    def name(self, row: int) -> str:
-        """How messages call a row."""
-        ...
-
-    def num_tokens(self, batch: Indexes) -> int:
-        """Tokens of an optimizer batch that carry loss."""
-        ...
-
-    def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> tuple[torch.Tensor, int]:
-        """Each row's share of the batch loss, already divided for the whole batch, and the tokens computed."""
-        ...
 
 
 class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -72,7 +55,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._micro_batch_size = micro_batch_size or math.ceil(len(plan[0]) / args.world_size)
         self._out_dir = out_dir
         self._events = events if args.process_index == 0 else _ignore
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item per optimizer step: its number."""
@@ -88,48 +71,53 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         batch = self._plan[inputs["step"]]
         model.train()
         while True:
-            losses_N, num_padded_tokens, out_of_memory = self._agree(*self._accumulate(model, batch), model)
+            sums_NS, num_padded_tokens, out_of_memory = self._agree(*self._accumulate(model, batch))
             if not out_of_memory:
                 break
             self._halve(inputs["step"], batch)
             model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        losses_N = sums_NS[:, 0]
         finite_N = torch.isfinite(losses_N)
         if not bool(finite_N.all()):
             raise self._not_finite("loss", batch[~finite_N.numpy()].tolist())
         self._sum_gradients(model)
         self._counts = {"num_tokens": self._objective.num_tokens(batch), "num_padded_tokens": num_padded_tokens}
+        means = sums_NS[:, 1:].mean(dim=0).tolist()
+        self._counts |= dict(zip(self._objective.statistics, means, strict=True))
         return losses_N.sum().to(self.args.device)
 
     def _accumulate(self, model: Any, batch: Indexes) -> tuple[torch.Tensor, int, bool]:
-        """Forward and backward passes over this process's share: losses by position in the batch, tokens, failure."""
-        losses_N = torch.zeros(len(batch), dtype=torch.float64)
+        """Forward and backward passes over this process's share: loss and statistics by position in the batch (N, 1 + S),
+        tokens, failure."""
+        sums_NS = torch.zeros((len(batch), 1 + len(self._objective.statistics)), dtype=torch.float64)
         share = share_of_rank(batch, self._objective.lengths, self.args.process_index, self.args.world_size)
         num_padded_tokens = 0
         for micro in micro_batches(share, self._micro_batch_size):
             try:
-                losses_B, num_tokens = self._objective.losses(model, batch, micro, self.args.device)
-                self.accelerator.backward(losses_B.sum())
+                computed = self._objective.losses(model, batch, micro, self.args.device)
+                self.accelerator.backward(computed.losses_B.sum())
             except (RuntimeError, MemoryError) as error:
                 if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not should_reduce_batch_size(error):
                     raise
-                return losses_N, num_padded_tokens, True
-            losses_N[torch.from_numpy(micro)] = losses_B.detach().double().cpu()
-            num_padded_tokens += num_tokens
-        return losses_N, num_padded_tokens, False
+                return sums_NS, num_padded_tokens, True
+            columns = [computed.losses_B, *computed.statistics]
+            sums_NS[torch.from_numpy(micro)] = torch.stack([c.detach().double().cpu() for c in columns], dim=1)
+            num_padded_tokens += computed.num_tokens
+        return sums_NS, num_padded_tokens, False
 
     def _agree(
-        self, losses_N: torch.Tensor, num_padded_tokens: int, out_of_memory: bool, model: Any
+        self, sums_NS: torch.Tensor, num_padded_tokens: int, out_of_memory: bool
     ) -> tuple[torch.Tensor, int, bool]:
         """Sum what every process saw, so that all of them decide alike."""
         if self.args.world_size == 1:
-            return losses_N, num_padded_tokens, out_of_memory
+            return sums_NS, num_padded_tokens, out_of_memory
         counts = torch.tensor([num_padded_tokens, out_of_memory], dtype=torch.float64)
-        both = torch.cat([losses_N, counts]).to(self.args.device)
+        both = torch.cat([sums_NS.flatten(), counts]).to(self.args.device)
         dist.all_reduce(both)
         both = both.cpu()
-        return both[:-2], int(both[-2]), bool(both[-1] > 0)
+        return both[:-2].view_as(sums_NS), int(both[-2]), bool(both[-1] > 0)
 
     def _halve(self, step: int, batch: Indexes) -> None:
         if self._micro_batch_size == 1:
@@ -210,6 +198,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         staged = Path(self.args.output_dir) / name
         # A pickle that resuming never reads.
         (staged / "training_args.bin").unlink(missing_ok=True)
+        self._objective.save(staged)
         commit_folder(staged, self._out_dir / name)
         self._events({"event": "checkpoint", "step": self.state.global_step, "path": str(self._out_dir / name)})
 

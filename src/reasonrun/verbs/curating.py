@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from reasonrun.curate.group import Group
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.records import Example, Graded, LeftOut, Problem, Segment, SFTExample, digest
+from reasonrun.records import EXAMPLE_TYPES, Example, Graded, LeftOut, Problem, Segment, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep
@@ -88,18 +88,26 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
     with ExitStack() as tables:
         left_out = tables.enter_context(step.table("left_out", LeftOut))
         examples: TableWriter | None = None
+        kind = "sft"
         for outcome in _outcomes(ctx, job):
             if isinstance(outcome, LeftOut):
                 reasons[outcome.reason] += 1
                 left_out.append(outcome)
                 continue
-            examples = examples or tables.enter_context(step.table("rows", type(outcome)))
+            if examples is None:
+                examples, kind = tables.enter_context(step.table("rows", type(outcome))), outcome.kind
+            elif outcome.kind != kind:
+                raise RunFailed(
+                    f"step {job.name}: {job.dotted} gave examples of kind {kind} and of kind {outcome.kind}",
+                    hint="curate them in two steps: a trainer takes one kind",
+                )
             sources[outcome.source] += 1
             examples.append(outcome)
         if examples is None:
-            tables.enter_context(step.table("rows", SFTExample))
+            tables.enter_context(step.table("rows", EXAMPLE_TYPES[kind]))
     num_examples = sources.total()
     result = {
+        "kind": kind,
         "num_rows": num_rows,
         "num_examples": num_examples,
         "sources": dict(sorted(sources.items())),
@@ -157,7 +165,7 @@ def _conserving(
 
 def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     """Run a committed curation again under changed code and stop when it chooses other rows."""
-    committed = iter(Rows.load(_row_type(step), step.table_paths("rows"), ctx.cache_dir))
+    committed = iter(_examples(ctx, step))
     again = (outcome for outcome in _outcomes(ctx, job) if not isinstance(outcome, LeftOut))
     num_again = changed = 0
     for old, new in zip_longest(committed, again):
@@ -174,8 +182,8 @@ def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     )
 
 
-def _row_type(step: Committed) -> type[SFTExample]:
-    return SFTExample
+def _examples(ctx: Context, step: Committed) -> Rows[Any]:
+    return Rows.load(EXAMPLE_TYPES[step.result["kind"]], step.table_paths("rows"), ctx.cache_dir)
 
 
 def _example_set(ctx: Context, job: CurateJob, step: Committed) -> ExampleSet:
@@ -190,11 +198,12 @@ def _example_set(ctx: Context, job: CurateJob, step: Committed) -> ExampleSet:
             PlannedStep(step=job.name, verb="curate", unit="rows", units=extent, tokens=zero, disk_bytes=zero)
         )
     return ExampleSet(
-        rows=Rows.load(_row_type(step), paths, ctx.cache_dir),
+        rows=_examples(ctx, step),
         paths=tuple(str(path) for path in paths),
         left_out=dict(result["left_out"]),
         step=job.name,
         digest=step.digest,
         extent=extent.share(result["kept_share"]),
+        kind=result["kind"],
         sources=dict(result["sources"]),
     )

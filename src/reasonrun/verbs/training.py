@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonrun.errors import Finding
+from reasonrun.errors import Finding, RecipeError
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.models import weights_digest
 from reasonrun.randomness import derive_seed
@@ -39,10 +39,12 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
     """Run or replay one training step.
 
     Raises:
+        RecipeError: the examples are of another kind than the trainer.
         Finding: there is nothing to train on; the evidence counts the rows left out, by reason.
         RunFailed: the trainer met a non-finite loss or died again and again.
     """
     _refuse_empty(request)
+    _refuse_other_kinds(request)
     _plan(ctx, request)
     seed = derive_seed("train", ctx.seed, request.name)
     fingerprint = {
@@ -88,12 +90,22 @@ def _refuse_empty(request: TrainRequest) -> None:
     )
 
 
+def _refuse_other_kinds(request: TrainRequest) -> None:
+    for rows in request.rows:
+        if len(rows) and rows.kind != request.kind:
+            raise RecipeError(
+                f"step {request.name}: the trainer {request.kind} cannot learn from {rows.step}, whose examples are of"
+                f" kind {rows.kind}",
+                hint=f'call lab.train("{rows.kind}", …), or curate other examples',
+            )
+
+
 def _plan(ctx: Context, request: TrainRequest) -> None:
     if ctx.planned is None:
         return
     tokens = Extent.of(0)
     for rows in request.rows:
-        num_tokens = sum(len(segment.token_ids) for row in rows.rows for segment in getattr(row, "segments", ()))
+        num_tokens = sum(row.num_tokens for row in rows.rows)
         mean = num_tokens / max(1, len(rows))
         tokens = tokens.plus(Extent.of(int(mean * request.settings.batch_size * request.num_steps / len(request.rows))))
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())

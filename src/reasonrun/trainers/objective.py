@@ -1,0 +1,68 @@
+"""What makes one kind of training differ from another: its rows and their loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from reasonrun.trainers.batches import Indexes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """What one forward pass gave.
+
+    Attributes:
+        losses_B: each row's share of the batch loss, already divided for the whole batch, differentiable.
+        num_tokens: tokens that went through the forward pass, padding included.
+        statistics: one number per row for each of the objective's ``statistics``, shape (B,).
+    """
+
+    losses_B: torch.Tensor
+    num_tokens: int
+    statistics: tuple[torch.Tensor, ...] = ()
+
+
+class Objective(ABC):
+    """Rows and their loss."""
+
+    lengths: Indexes  # tokens of each row
+    statistics: ClassVar[tuple[str, ...]] = ()  # what is logged beside the loss, as means over the batch
+
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """How messages call a row."""
+
+    @abstractmethod
+    def num_tokens(self, batch: Indexes) -> int:
+        """Tokens of an optimizer batch that carry loss."""
+
+    @abstractmethod
+    def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
+        """Losses of the positions ``micro`` of an optimizer batch.
+
+        Args:
+            model: a causal language model.
+            batch: row indexes of the whole optimizer batch, for the divisor.
+            micro: positions in ``batch`` to compute now.
+            device: where the model is.
+        """
+
+    def begin(  # noqa: B027 - most objectives keep nothing fixed
+        self, start: Any, load_reference: Callable[[], Any] | None, resume_from: Path | None
+    ) -> None:
+        """Compute what stays fixed while the weights move; called before the first update of every attempt.
+
+        Args:
+            start: the model to train, on its device.
+            load_reference: gives the reference model, on that device; None where it is ``start`` as it is now.
+            resume_from: the checkpoint that training goes on from, in which ``save`` left what it needs.
+        """
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Leave in a checkpoint's folder what ``begin`` computed."""

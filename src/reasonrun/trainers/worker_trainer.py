@@ -1,0 +1,44 @@
+"""What all trainers that run in worker processes have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from reasonrun.contracts import TrainEvents
+from reasonrun.training import OptimizerSettings, TrainJob, TrainResult
+
+if TYPE_CHECKING:
+    from reasonrun.trainers.objective import Objective
+
+
+class WorkerTrainer(ABC):
+    """Prepares the process and runs a job, in several processes when it asks for them."""
+
+    def __init__(self) -> None:
+        from reasonrun.trainers import launch
+
+        launch.prepare_environment()
+        # This import takes seconds; a worker makes its trainer while the first samples are drawn.
+        import reasonrun.trainers.execution  # noqa: F401
+
+    @abstractmethod
+    def prepare(self, job: TrainJob) -> tuple[OptimizerSettings, Objective, dict[str, int]]:
+        """Settings, rows with their loss, and counts of the rows left out. Raises Finding when none is left."""
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        """Run the job.
+
+        Raises:
+            Finding: no example can be learnt from.
+            RunFailed: a loss or gradient is not finite, one example does not fit into memory, a process died.
+        """
+        from reasonrun.trainers import launch
+
+        if job.num_processes > 1 and not launch.is_rank():
+            return launch.train_in_processes(f"{type(self).__module__}:{type(self).__qualname__}", job, events)
+
+        from reasonrun.trainers.execution import run_job
+
+        settings, objective, left_out = self.prepare(job)
+        return run_job(job, settings, objective, events, left_out)
