@@ -25,6 +25,7 @@ OVERRIDES = [
     "task.num_dev=20",
     "task.num_test=20",
     "method.rounds=1",
+    "method.num_samples=8",
     "method.steps_start=8",
     "method.sft.checkpoint_every=2",
     "method.sft.batch_size=8",
@@ -60,7 +61,7 @@ def kill_inside(directory: Path, step: str) -> bool:
     while process.poll() is None:
         begun = (folder / "step.json").exists() and not (folder / "_OK.json").exists()
         if begun and (any(folder.glob("wal*.jsonl")) or not step.endswith(("sample", "greedy"))):
-            time.sleep(0.0 if step.endswith("grade") else 1.0)
+            time.sleep(1.0 if step.endswith("train") else 0.0 if step.endswith("grade") else 0.2)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             return not (folder / "_OK.json").exists()

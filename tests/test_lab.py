@@ -227,14 +227,19 @@ def test_the_plan_matches_the_run_where_it_says_exact(tmp_path):
     run(recipe, RunOptions(directory=tmp_path / "run"), SilentProgress())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     done = {row["step"]: row.get("num_rollouts", row.get("num_steps")) for row in rows}
-    steps = [step.step for step in planned.steps]
     evaluated = {row["step"] for row in rows if row["verb"] in ("evaluate", "problems")}
-    assert steps == [row["step"] for row in rows if row["step"] not in evaluated]
+    reached = [row["step"] for row in rows if row["step"] not in evaluated and "/test-best/" not in row["step"]]
+    # Whether the best checkpoint is another one than the last depends on the samples.
+    possible = [step for step in planned.steps if "/test-best/" in step.step]
+    assert [step.step for step in planned.steps if step not in possible] == reached
+    assert len(possible) == 4 and all(step.units.expected == 0 < step.units.worst for step in possible)
     exact = [step for step in planned.steps if step.units.exact and step.verb != "curate"]
     assert len(exact) >= 10
     for step in exact:
         assert step.units.expected == done[step.step], step.step
-    guessed = [step for step in planned.steps if not step.units.exact and step.verb == "sample"]
+    guessed = [
+        step for step in planned.steps if not step.units.exact and step.verb == "sample" and step not in possible
+    ]
     assert [step.step.split("/")[-1] for step in guessed] == ["sample-hinted"] * 2
     for step in guessed:
         assert done[step.step] <= step.units.worst == 8
@@ -245,8 +250,7 @@ def test_a_run_is_compared_with_its_plan(tmp_path):
     planned = plan(recipe, Assumptions(), SilentProgress())
     rows = run(recipe, RunOptions(directory=tmp_path / "run"), SilentProgress()).rows
     found = compare(planned, rows)
-    assert not found.other_size and not found.not_run
-    assert all("/test-" in name for name in found.not_planned)
+    assert not found.other_size and not found.not_run and not found.not_planned
     expected, worst, actual = found.tokens["generated"]
     assert 0.8 * expected < actual <= worst
 

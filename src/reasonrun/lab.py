@@ -49,6 +49,11 @@ class Lab:
         """The run seed."""
         return self._context.seed
 
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether this is a plan: nothing real is sampled or trained. For the end of a run, never for a method."""
+        return self._context.planned is not None
+
     def rng(self, name: str) -> random.Random:
         """A generator of its own for ``name`` in the current scope: the only randomness a method may use."""
         return random.Random(derive_seed("method", self.seed, self._full(name)))

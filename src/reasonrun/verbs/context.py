@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +58,12 @@ class PlannedStep:
     units: Extent
     tokens: Extent  # generated or trained
     disk_bytes: Extent
+
+    def only_possible(self) -> PlannedStep:
+        """The same for a step that need not come: nothing of it is expected."""
+        return replace(
+            self, units=self.units.share(0), tokens=self.tokens.share(0), disk_bytes=self.disk_bytes.share(0)
+        )
 
 
 @dataclass(kw_only=True)
