@@ -12,10 +12,11 @@ import pytest
 import torch
 from sft_rows import pair, random_pairs, write_rows
 
-from reasonrun.errors import Finding
+from reasonrun.errors import Finding, RecipeError
 from reasonrun.records import Checkpoint, PreferenceExample
 from reasonrun.trainers.examples import Pairs, read_pairs, usable_pairs
-from reasonrun.trainers.preference_loss import PreferenceObjective, pair_losses
+from reasonrun.trainers.objective import Fixed
+from reasonrun.trainers.preference_loss import PreferenceObjective, pair_losses, refuse_columns
 from reasonrun.training import PreferenceSettings
 
 CPU = torch.device("cpu")
@@ -91,9 +92,15 @@ def test_log_probabilities_are_sums_over_the_continuation_alone(tmp_path: Path) 
     assert num_tokens == 8
 
 
+def fixed(model: Any, num_rows: int, load_reference: Any = None) -> Fixed:
+    return Fixed(
+        start=model, load_reference=load_reference, resume_from=None, rows=np.arange(num_rows), tell=lambda text: None
+    )
+
+
 def started(model: Any, pairs: Pairs, **settings: Any) -> PreferenceObjective:
     objective = PreferenceObjective(pairs, PreferenceSettings(**settings))
-    objective.begin(model, None, None)
+    objective.begin(fixed(model, len(pairs)))
     return objective
 
 
@@ -152,7 +159,7 @@ def test_gradients_are_those_of_trl(tmp_path: Path, start: Checkpoint, kind: str
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     pairs = pairs_of(tmp_path, *(example.model_copy(update={"smoothing": smoothing}) for example in examples))
     objective = PreferenceObjective(pairs, PreferenceSettings(loss=kind, beta=0.3))
-    objective.begin(model, lambda: reference, None)
+    objective.begin(fixed(model, 4, lambda: reference))
     batch = np.arange(4)
     objective.losses(model, batch, batch, CPU).losses_B.sum().backward()
     own = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -214,3 +221,14 @@ def test_pairs_that_cannot_be_learnt_from_are_counted(tmp_path: Path) -> None:
     assert kept.rejected.token_ids.tolist() == [1] * 7 + [4]
     with pytest.raises(Finding, match="None of the 4"):
         usable_pairs(pairs, max_length=1)
+
+
+def test_a_number_that_the_loss_would_ignore_is_refused(tmp_path: Path) -> None:
+    soft = pairs_of(tmp_path, pair("a", [1], [2], [3]), pair("b", [1], [2], [3], win_probability=0.6))
+    refuse_columns(soft, "sppo")
+    with pytest.raises(RecipeError, match="1 pairs have a win probability, which the loss ipo does not read"):
+        refuse_columns(soft, "ipo")
+    with pytest.raises(RecipeError, match="have a margin, which the loss sppo"):
+        refuse_columns(pairs_of(tmp_path, pair("a", [1], [2], [3], margin=0.1)), "sppo")
+    with pytest.raises(RecipeError, match=r"smoothing outside 0 to 0\.5"):
+        refuse_columns(pairs_of(tmp_path, pair("a", [1], [2], [3], smoothing=0.5)), "robust")

@@ -129,3 +129,6 @@ def test_without_a_reference_or_usable_pairs_it_says_so(make_job: Any, start: Ch
     with pytest.raises(Finding) as caught:
         Preference().train(make_job([pair("same", [1], [2], [2])], out="b", job={"reference": start}), events)
     assert caught.value.evidence["num_chosen_is_rejected"] == 1
+    foreign = start.model_copy(update={"tokenizer": "other"})
+    with pytest.raises(RecipeError, match="has another tokenizer"):
+        Preference().train(make_job(random_pairs(2), out="c", job={"reference": foreign}), events)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
@@ -20,7 +21,7 @@ from reasonrun.randomness import derive_seed
 from reasonrun.trainers import launch
 from reasonrun.trainers.batches import plan_batches
 from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
-from reasonrun.trainers.objective import Objective
+from reasonrun.trainers.objective import Fixed, Objective
 from reasonrun.trainers.step_trainer import StepTrainer
 from reasonrun.training import LoRASettings, OptimizerSettings, TrainJob, TrainResult
 
@@ -85,7 +86,16 @@ def _train(
         out_dir=out_dir,
         events=events,
     )
-    objective.begin(trainer.model, _reference(job, trainer), Path(job.resume_from) if job.resume_from else None)
+    objective.begin(
+        Fixed(
+            start=trainer.model,
+            load_reference=_reference(job, settings, trainer),
+            resume_from=Path(job.resume_from) if job.resume_from else None,
+            rows=np.unique(np.concatenate(plan)),
+            tell=lambda text: events({"event": "note", "text": text}),
+        )
+    )
+    trainer.accelerator.free_memory()  # it keeps what it prepared, the reference too
     if carry and job.resume_from is None:
         read_moments(model, trainer.create_optimizer(), Path(str(job.start.optimizer_path)))
     trainer.train(resume_from_checkpoint=job.resume_from)
@@ -160,15 +170,18 @@ def _load(job: TrainJob, settings: OptimizerSettings) -> tuple[Any, torch.dtype]
         job.start.path, dtype="auto", use_safetensors=True, local_files_only=True
     )
     stored_dtype = model.dtype
-    if settings.lora is None:
-        # Master weights: an update of 1e-6 is lost in bfloat16.
-        return model.float(), stored_dtype
-    if settings.dtype == "float32" or not torch.cuda.is_available():
-        model = model.float()
-    return _with_adapters(model, settings.lora), stored_dtype
+    model = _in_training_dtype(model, settings)
+    return (model if settings.lora is None else _with_adapters(model, settings.lora)), stored_dtype
 
 
-def _reference(job: TrainJob, trainer: StepTrainer) -> Callable[[], Any] | None:
+def _in_training_dtype(model: Any, settings: OptimizerSettings) -> Any:
+    """Master weights in float32: an update of 1e-6 is lost in bfloat16. Frozen ones may stay as they are stored."""
+    if settings.lora is None or settings.dtype == "float32" or not torch.cuda.is_available():
+        return model.float()
+    return model
+
+
+def _reference(job: TrainJob, settings: OptimizerSettings, trainer: StepTrainer) -> Callable[[], Any] | None:
     """Gives the job's reference model in the arithmetic of the trained one; None where that still is the reference.
 
     The trained model is the reference before its first update when both have the same weights; an adapter starts as
@@ -182,7 +195,8 @@ def _reference(job: TrainJob, trainer: StepTrainer) -> Callable[[], Any] | None:
         model = AutoModelForCausalLM.from_pretrained(
             reference.path, dtype="auto", use_safetensors=True, local_files_only=True
         )
-        return trainer.accelerator.prepare_model(model.float().to(trainer.args.device), evaluation_mode=True)
+        model = _in_training_dtype(model, settings).to(trainer.args.device)
+        return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
     return load
 

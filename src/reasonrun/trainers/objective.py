@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from reasonrun.trainers.batches import Indexes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at a time may help."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,25 @@ class Computed:
     losses_B: torch.Tensor
     num_tokens: int
     statistics: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """What an objective may compute from before the weights move.
+
+    Attributes:
+        start: the model to train, on its device.
+        load_reference: gives the reference model, on that device; None where it is ``start`` as it is now.
+        resume_from: the checkpoint that training goes on from, in which ``save`` left what it needs.
+        rows: the rows that the step will learn from, ascending.
+        tell: says something a person should know. Long work must, or it counts as a hang.
+    """
+
+    start: Any
+    load_reference: Callable[[], Any] | None
+    resume_from: Path | None
+    rows: Indexes
+    tell: Callable[[str], None]
 
 
 class Objective(ABC):
@@ -53,16 +78,8 @@ class Objective(ABC):
             device: where the model is.
         """
 
-    def begin(  # noqa: B027 - most objectives keep nothing fixed
-        self, start: Any, load_reference: Callable[[], Any] | None, resume_from: Path | None
-    ) -> None:
-        """Compute what stays fixed while the weights move; called before the first update of every attempt.
-
-        Args:
-            start: the model to train, on its device.
-            load_reference: gives the reference model, on that device; None where it is ``start`` as it is now.
-            resume_from: the checkpoint that training goes on from, in which ``save`` left what it needs.
-        """
+    def begin(self, fixed: Fixed) -> None:  # noqa: B027 - most objectives keep nothing fixed
+        """Compute what stays fixed while the weights move; called before the first update of every attempt."""
 
     def save(self, folder: Path) -> None:  # noqa: B027
         """Leave in a checkpoint's folder what ``begin`` computed."""

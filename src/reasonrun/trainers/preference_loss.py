@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +11,47 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
-from reasonrun.errors import RunFailed
+from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.examples import Pairs
-from reasonrun.trainers.objective import Computed, Objective
+from reasonrun.trainers.objective import Computed, Fixed, Objective, is_out_of_memory
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import PreferenceSettings
 
 _FILE = "reference.safetensors"
+_TELL_SECONDS = 60.0
+# What each loss reads of a pair beside its ids and its weight.
+_READ = {
+    "sigmoid": {"margin", "smoothing", "win probability"},
+    "robust": {"margin", "smoothing"},
+    "hinge": {"margin"},
+    "ipo": {"margin"},
+    "sppo": {"win probability"},
+}
+
+
+def refuse_columns(pairs: Pairs, loss: str) -> None:
+    """Raises RecipeError where a pair carries a number that the loss would ignore or cannot use."""
+    given = {
+        "margin": (pairs.margins, 0.0),
+        "smoothing": (pairs.smoothings, 0.0),
+        "win probability": (pairs.win_probabilities, 1.0),
+    }
+    for name, (values, default) in given.items():
+        num_set = int(np.sum(values != default))
+        if num_set and name not in _READ[loss]:
+            raise RecipeError(
+                f"{num_set} pairs have a {name}, which the loss {loss} does not read",
+                hint=f"losses that do: {', '.join(kind for kind, read in _READ.items() if name in read)}",
+            )
+    highest = 0.5 if loss == "robust" else 1.0
+    outside = (pairs.smoothings < 0) | (pairs.smoothings >= highest)
+    outside |= (pairs.win_probabilities < 0) | (pairs.win_probabilities > 1)
+    if outside.any():
+        raise RecipeError(
+            f"{int(outside.sum())} pairs have a smoothing outside 0 to {highest} or a win probability outside 0 to 1",
+            hint="look at the curation function that made them",
+        )
 
 
 def pair_losses(
@@ -39,8 +72,8 @@ def pair_losses(
     - ``robust``: (-(1 - s) log sigma(h) + s log sigma(-h)) / (1 - 2 s) (Chowdhury et al. 2024, arXiv 2403.00409, eq. 9).
     - ``hinge``: max(0, 1 - h) (SLiC, Zhao et al. 2023, arXiv 2305.10425, in its form on log-ratios).
     - ``ipo``: (d - margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17), on sums over tokens.
-    - ``sppo``: (r_chosen - (P - 1/2) / beta)^2 + (r_rejected + (P - 1/2) / beta)^2 (Wu et al. 2024, arXiv 2405.00675,
-      eq. 4.4, with eta = 1 / beta).
+    - ``sppo``, for one pair: (r_chosen - (P - 1/2) / beta)^2 + (r_rejected + (P - 1/2) / beta)^2 (Wu et al. 2024,
+      arXiv 2405.00675, eq. 4.4, with eta = 1 / beta).
 
     Args:
         settings: which loss, and beta.
@@ -82,7 +115,8 @@ class PreferenceObjective(Objective):
         self.pairs = pairs
         self.settings = settings
         self.lengths: Indexes = np.maximum(pairs.chosen.lengths, pairs.rejected.lengths)
-        self._num_learnt = pairs.chosen.num_learnt + pairs.rejected.num_learnt
+        self._num_chosen = pairs.chosen.num_learnt
+        self._num_learnt = self._num_chosen + pairs.rejected.num_learnt
         self._reference_2N: np.ndarray[Any, np.dtype[np.float64]] | None = None
 
     def name(self, row: int) -> str:
@@ -119,7 +153,7 @@ class PreferenceObjective(Objective):
             column(self.pairs.win_probabilities[rows]),
         )
         if self.settings.nll_weight:
-            losses_B = losses_B - self.settings.nll_weight * chosen_B / column(self.pairs.chosen.num_learnt[rows])
+            losses_B = losses_B - self.settings.nll_weight * chosen_B / column(self._num_chosen[rows])
         reward_margin_B = self.settings.beta * (chosen_ratio_B - rejected_ratio_B)
         return Computed(
             losses_B=losses_B * column(self.pairs.weights[rows]) / len(batch),
@@ -127,37 +161,47 @@ class PreferenceObjective(Objective):
             statistics=(chosen_B, rejected_B, reward_margin_B, (reward_margin_B > 0).float()),
         )
 
-    def begin(self, start: Any, load_reference: Callable[[], Any] | None, resume_from: Path | None) -> None:
-        if resume_from is not None:
-            self._reference_2N = load_file(resume_from / _FILE)["logps"]
+    def begin(self, fixed: Fixed) -> None:
+        if fixed.resume_from is not None:
+            self._reference_2N = load_file(fixed.resume_from / _FILE)["logps"]
             return
-        model = start if load_reference is None else load_reference()
+        model = fixed.start if fixed.load_reference is None else fixed.load_reference()
         was_training = model.training
         model.eval()
-        self._reference_2N = self._reference(model)
+        self._reference_2N = self._reference(model, fixed)
         model.train(was_training)
 
     def save(self, folder: Path) -> None:
         assert self._reference_2N is not None
         save_file({"logps": self._reference_2N}, folder / _FILE)
 
-    def _reference(self, model: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _reference(self, model: Any, fixed: Fixed) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Shape (2, N), chosen first, in passes of one optimizer batch, rows of like length together."""
         size = self.settings.micro_batch_size or self.settings.batch_size
-        order = np.argsort(-self.lengths, kind="stable")
-        found_2N = np.zeros((2, len(order)))
-        done = 0
+        order = fixed.rows[np.argsort(-self.lengths[fixed.rows], kind="stable")]
+        found_2N = np.full((2, len(self.lengths)), np.nan)
+        done, told = 0, time.monotonic()
         while done < len(order):
             rows = order[done : done + size]
             try:
                 with torch.no_grad():
                     chosen_B, rejected_B, _ = self.logps(model, rows, next(model.parameters()).device)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
+                if size == 1:
+                    raise RunFailed(
+                        f"Out of memory at the reference log-probabilities: a single pair does not fit. It has"
+                        f" {self.lengths[rows[0]]} tokens ({self.name(int(rows[0]))}).",
+                        hint="Lower max_length, set dtype=bfloat16, or use more memory.",
+                    ) from error
                 size = (size + 1) // 2
-                torch.cuda.empty_cache()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 continue
             found_2N[0, rows], found_2N[1, rows] = chosen_B.double().cpu(), rejected_B.double().cpu()
             done += len(rows)
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                fixed.tell(f"reference log-probabilities of {done} of {len(order)} pairs")
         return found_2N

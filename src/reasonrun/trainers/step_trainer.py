@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
@@ -19,7 +18,7 @@ from reasonrun.contracts import TrainEvents
 from reasonrun.errors import RunFailed
 from reasonrun.trainers.batches import Indexes, micro_batches, share_of_rank
 from reasonrun.trainers.folders import commit_folder
-from reasonrun.trainers.objective import Objective
+from reasonrun.trainers.objective import Objective, is_out_of_memory
 
 _MAX_NAMED_ROWS = 20
 # Gradients are summed over processes in pieces of about this many elements: few messages, little extra memory.
@@ -99,7 +98,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 computed = self._objective.losses(model, batch, micro, self.args.device)
                 self.accelerator.backward(computed.losses_B.sum())
             except (RuntimeError, MemoryError) as error:
-                if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 return sums_NS, num_padded_tokens, True
             columns = [computed.losses_B, *computed.statistics]

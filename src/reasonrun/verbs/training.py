@@ -57,7 +57,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         "settings": semantic(request.settings),
         "num_steps": request.num_steps,
         "seed": seed,
-        "inputs": [*(rows.step for rows in request.rows), *([request.start.step] if request.start.step else [])],
+        "inputs": [*(rows.step for rows in request.rows), *_made_by(request.start), *_made_by(request.reference)],
     }
     step = ctx.open_step(request.name, fingerprint)
     new = isinstance(step, OpenStep)
@@ -74,6 +74,10 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         step=request.name,
         optimizer_path=str(step.folder("optimizer")) if (step.path / "optimizer").is_dir() else None,
     )
+
+
+def _made_by(checkpoint: Checkpoint | None) -> list[str]:
+    return [checkpoint.step] if checkpoint and checkpoint.step else []
 
 
 def _refuse_empty(request: TrainRequest) -> None:
