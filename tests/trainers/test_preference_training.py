@@ -118,9 +118,23 @@ def test_a_reference_of_its_own_is_what_the_policy_is_compared_with(
     moved = make_job(random_examples(8), out="sft", num_steps=5, lr=1e-2)
     SFT().train(moved, Events())
     other = Checkpoint(path=f"{moved.out_dir}/final", weights="moved", tokenizer="t", parent="w")
-    job = make_job(random_pairs(4), num_steps=1, job={"start": other, "reference": start})
-    Preference().train(job, events)
+
+    def job(out: str, **fields: Any) -> TrainJob:
+        made: TrainJob = make_job(
+            random_pairs(4),
+            out=out,
+            num_steps=4,
+            checkpoint_every=2,
+            job={"start": other, "reference": start, **fields},
+        )
+        return made
+
+    whole = job("whole")
+    Preference().train(whole, events)
     assert abs(events.of("log")[0]["loss"] - np.log(2)) > 0.01
+    resumed = job("resumed", resume_from=f"{whole.out_dir}/checkpoint-2")
+    Preference().train(resumed, Events())
+    assert outputs(resumed) == outputs(whole)
 
 
 def test_without_a_reference_or_usable_pairs_it_says_so(make_job: Any, start: Checkpoint, events: Events) -> None:
