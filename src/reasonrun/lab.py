@@ -54,6 +54,15 @@ class Lab:
         """Whether this is a plan: nothing real is sampled or trained. For the end of a run, never for a method."""
         return self._context.planned is not None
 
+    @contextmanager
+    def only_possible(self) -> Iterator[None]:
+        """Plan the steps inside as ones that need not come: nothing of them is expected. No effect in a real run."""
+        planned = self._context.planned
+        first = len(planned or ())
+        yield
+        if planned is not None:
+            planned[first:] = [step.only_possible() for step in planned[first:]]
+
     def rng(self, name: str) -> random.Random:
         """A generator of its own for ``name`` in the current scope: the only randomness a method may use."""
         return random.Random(derive_seed("method", self.seed, self._full(name)))

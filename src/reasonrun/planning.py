@@ -134,8 +134,6 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             conclude(lab, recipe.classes["method"](recipe.method).run(lab))
         except Finding as stop:
             finding = str(stop)
-    # The best checkpoint is often the last one, which is measured anyway.
-    planned = [step.only_possible() if "/test-best/" in step.step else step for step in planned]
     return Plan(steps=planned, assumptions=assumptions, finding=finding)
 
 

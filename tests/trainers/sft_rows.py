@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from reasonrun.columns import arrow_schema, to_arrow_rows
 from reasonrun.records import PreferenceExample, Segment, SFTExample
@@ -65,6 +67,17 @@ def write_rows(path: Path, examples: Sequence[SFTExample] | Sequence[PreferenceE
     batches = [to_arrow_rows(kind, list(examples))] if examples else []
     pq.write_table(pa.Table.from_batches(batches, schema=arrow_schema(kind)), path)
     return str(path)
+
+
+class Table(torch.nn.Module):
+    """A model whose logits are its parameters, so that their gradients can be read off."""
+
+    def __init__(self, logits_BTV: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits_BTV)
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.logits[: len(input_ids), logits_to_keep])
 
 
 class Events(list[dict[str, Any]]):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sft_rows import pair, random_pairs, write_rows
+from sft_rows import Table, pair, random_pairs, write_rows
 
 from reasonrun.errors import Finding, RecipeError
 from reasonrun.records import Checkpoint, PreferenceExample
@@ -68,17 +67,6 @@ def test_each_loss_by_hand() -> None:
 def test_a_flipped_pair_has_another_loss() -> None:
     for kind in ("sigmoid", "robust", "hinge", "ipo", "sppo"):
         assert loss(kind, 4.0, -1.0, 0.2) < loss(kind, -1.0, 4.0, 0.2)
-
-
-class Table(torch.nn.Module):
-    """A model whose logits are its parameters, one table a row, so that their gradients can be read off."""
-
-    def __init__(self, logits_BTV: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits_BTV)
-
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.logits[: len(input_ids), logits_to_keep])
 
 
 def test_log_probabilities_are_sums_over_the_continuation_alone(tmp_path: Path) -> None:

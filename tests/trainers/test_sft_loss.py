@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from sft_rows import example, random_examples, write_rows
+from sft_rows import Table, example, random_examples, write_rows
 
 from reasonrun.errors import Finding
 from reasonrun.records import Checkpoint, Segment, SFTExample
@@ -18,17 +17,6 @@ from reasonrun.trainers.examples import Sequences, read_rows, usable_rows
 from reasonrun.trainers.sft_loss import SFTObjective
 
 CPU = torch.device("cpu")
-
-
-class Table(torch.nn.Module):
-    """A model whose logits are its parameters, so that their gradients can be read off."""
-
-    def __init__(self, logits_BTV: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits_BTV)
-
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.logits[: len(input_ids), logits_to_keep])
 
 
 def rows_of(tmp_path: Path, *examples: SFTExample) -> Sequences:

@@ -40,17 +40,6 @@ class SFTObjective(Objective):
         return int(self._num_learnt[batch].sum())
 
     def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
-        """The share of the batch loss that each row of a forward pass contributes.
-
-        Args:
-            model: a causal language model.
-            batch: row indexes of the whole optimizer batch, for the divisor.
-            micro: positions in ``batch`` to compute now.
-            device: where the model is.
-
-        Returns:
-            One loss a row.
-        """
         rows = batch[micro]
         ids_BT, learnt_BT = pad([(self.rows, rows)])
         nll_BK, columns_K = token_nll(model, ids_BT, learnt_BT, device)
