@@ -65,8 +65,8 @@ class Grader(Protocol):
 class Task(ABC):
     """A source of problems and the way to put and check them.
 
-    ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities (segment,
-    first_error, rubric). ``prompt_version`` is bumped whenever a rendered prompt changes.
+    ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities, each the method of
+    that name (segment, first_error, solution). ``prompt_version`` is bumped whenever a rendered prompt changes.
     """
 
     Settings: ClassVar[type[Settings]]
@@ -96,8 +96,28 @@ class Task(ABC):
         """The gold answer alone, in the form that the grader reads: what direct fine-tuning learns."""
 
     @abstractmethod
-    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:
-        """A completion in this task's form, right or wrong on purpose, for the scripted engine."""
+    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:
+        """What follows ``prefix`` in a completion of this task's form, right or wrong on purpose, for the scripted engine.
+
+        ``prefix`` begins a completion of this form, or is the opening of a style; it may hold an error already.
+        """
+
+    def opening(self, style: str) -> str:
+        """The beginning of every answer in ``style``, put in the model's mouth; empty for most styles."""
+        return ""
+
+    def segment(self, text: str) -> Sequence[tuple[int, int]] | str:
+        """Capability ``segment``: for each step the character where it begins and the one where its text begins, after a
+        label; or the reason why the text cannot be cut into steps."""
+        raise NotImplementedError(f"task {self.name} does not segment")
+
+    def first_error(self, problem: Problem, text: str) -> int | str:
+        """Capability ``first_error``: a character of the first wrong step, or the reason why none can be named."""
+        raise NotImplementedError(f"task {self.name} does not know first errors")
+
+    def solution(self, problem: Problem) -> str:
+        """Capability ``solution``: a right solution, with steps."""
+        raise NotImplementedError(f"task {self.name} has no solutions")
 
 
 class Engine(Protocol):

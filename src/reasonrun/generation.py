@@ -9,12 +9,14 @@ class Request(Record):
     """``n`` completions of one prompt.
 
     ``key`` identifies the request in the ledger; sample ``index`` of it is drawn from
-    ``randomness.row_seed(seed, index)`` and nothing else, so batching never changes a sample.
+    ``randomness.row_seed(seed, index)`` and nothing else, so batching never changes a sample. The last ``num_given`` of
+    ``prompt_ids`` are the beginning of the answer itself.
     """
 
     key: str
     problem_id: str
     prompt_ids: tuple[int, ...]
+    num_given: int = 0
     n: int
     seed: int
     sampling: Sampling

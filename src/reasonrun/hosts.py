@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reasonrun import plugins
@@ -15,7 +15,7 @@ from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.trainers.scripted import ScriptedTrainer
 from reasonrun.training import TrainJob, TrainKind, TrainResult
-from reasonrun.verbs.context import Unit
+from reasonrun.verbs.context import TokenPair, Unit
 
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, TrainingWorker
@@ -40,6 +40,10 @@ class InProcessHost:
         for number, requests in units:
             yield number, list(self._engine.generate(requests))
 
+    def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]:
+        self._engine.load(checkpoint)
+        return self._engine.logprobs(sequences)
+
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._trainer.train(job, events)
 
@@ -59,6 +63,13 @@ class WorkerHost:
         self._launcher = recipe.classes["launcher"](recipe.launcher)
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
+        yield from self._generating(checkpoint).generate(units)
+
+    def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]:
+        return self._generating(checkpoint).logprobs(sequences)
+
+    def _generating(self, checkpoint: Checkpoint) -> GenerationPool:
+        """The generation workers, with ``checkpoint`` in place."""
         if self._generation is None:
             self._generation = self._launcher.generation(
                 recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
@@ -69,7 +80,7 @@ class WorkerHost:
         if self._loaded != checkpoint.weights:
             self._generation.load(checkpoint)
             self._loaded = checkpoint.weights
-        yield from self._generation.generate(units)
+        return self._generation
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._training_worker(job.kind).train(job, events, retry=retry)

@@ -12,14 +12,15 @@ from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
-from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet, RolloutSet
+from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
 from reasonrun.verbs.context import Context
-from reasonrun.verbs.curating import CurateJob, Curation, curate
+from reasonrun.verbs.curating import CurateJob, Curation, curate, cut
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
 from reasonrun.verbs.sampling import Ask, SampleJob, sample
+from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
 from reasonrun.verbs.training import TrainRequest, train
 
 
@@ -112,7 +113,7 @@ class Lab:
     def sample(
         self,
         policy: Checkpoint,
-        source: ProblemSet | RolloutSet,
+        source: ProblemSet | RolloutSet | PrefixSet,
         *,
         n: int,
         sampling: Sampling,
@@ -121,14 +122,14 @@ class Lab:
         name: str = "sample",
         seed_parts: tuple[str | int, ...] | None = None,
     ) -> RolloutSet:
-        """``n`` completions per problem in a style, or per rollout as its next turn.
+        """``n`` completions per problem in a style, per rollout as its next turn, or per prefix as its continuation.
 
         Args:
             policy: the model that answers.
-            source: problems, or rollouts to go on from; a rollout's children carry its id as ``parent_id``.
+            source: problems, or rollouts or prefixes to go on from; a rollout's children carry its id as ``parent_id``.
             n: completions per prompt.
             sampling: temperature, filters, length, stop strings.
-            style: the task's prompt style (problems only).
+            style: the task's prompt style (problems only); the answers begin with its opening, if it has one.
             turn: the user's next message (rollouts only); the earlier ids are kept as they are.
             name: the step's name within the scope.
             seed_parts: start of the request seeds; the run seed and the step's name unless given.
@@ -142,7 +143,7 @@ class Lab:
             name=full,
             policy=policy,
             asks=self._asks(source, style, turn),
-            kind=style if turn is None else "turn",
+            kind=style if isinstance(source, ProblemSet) else "turn" if turn is not None else "continuation",
             n=n,
             sampling=sampling,
             seed_parts=seed_parts or (self.seed, full),
@@ -152,14 +153,25 @@ class Lab:
         )
         return sample(self._context, job)
 
-    def _asks(self, source: ProblemSet | RolloutSet, style: str, turn: str | None) -> Sequence[Ask]:
+    def _asks(self, source: ProblemSet | RolloutSet | PrefixSet, style: str, turn: str | None) -> Sequence[Ask]:
         context = self._context
         if isinstance(source, ProblemSet):
-            asks = []
+            asks, opening = [], context.opening(style)
             for problem in source:
                 messages, ids = context.prompt(problem, style)
-                asks.append(Ask(problem=problem, messages=messages, prompt_ids=ids))
+                asks.append(Ask(problem=problem, messages=messages, prompt_ids=ids, given=opening))
             return asks
+        if isinstance(source, PrefixSet):
+            return [
+                Ask(
+                    problem=context.problems_by_id[prefix.problem_id],
+                    messages=prefix.messages,
+                    prompt_ids=prefix.prompt_ids,
+                    given=prefix.segments,
+                    parent_id=prefix.rollout_ids[0],
+                )
+                for prefix in source
+            ]
         if turn is None:
             raise RecipeError("sample from rollouts needs turn=, the user's next message")
         said = Message(role="user", content=turn)
@@ -187,6 +199,13 @@ class Lab:
         """
         full = self._claim(name or function.__name__)
         return curate(self._context, CurateJob(name=full, function=function, sets=sets, params=params))
+
+    def cut(
+        self, function: Curation, *sets: GradedSet | ProblemSet, name: str | None = None, **params: Any
+    ) -> PrefixSet:
+        """Beginnings of rollouts to go on from, chosen by a pure function as in ``curate``."""
+        full = self._claim(name or function.__name__)
+        return cut(self._context, CurateJob(name=full, function=function, sets=sets, params=params, of_prefixes=True))
 
     def train(
         self,
@@ -253,6 +272,21 @@ class Lab:
         outcome = evaluate(self._context, full, policy, problems, split, part, self._max_new_tokens())
         self.evaluations.append(outcome)
         return outcome
+
+    def logprobs(self, policy: Checkpoint, pairs: ExampleSet, *, name: str = "logprobs") -> LogprobSet:
+        """How probable ``policy`` finds both continuations of every pair."""
+        return logprobs(self._context, self._claim(name), policy, pairs)
+
+    def evaluate_pairs(
+        self, policy: Checkpoint, pairs: ExampleSet, *, reference: Checkpoint, beta: float, name: str = "evaluate-pairs"
+    ) -> dict[str, Any]:
+        """Reward margin and pair accuracy of ``policy`` against ``reference`` on pairs that it did not learn from."""
+        full = self._claim(name)
+        scored = [
+            self.logprobs(checkpoint, pairs, name=f"{name}/{part}")
+            for part, checkpoint in (("policy", policy), ("reference", reference))
+        ]
+        return evaluate_pairs(self._context, full, scored[0], scored[1], beta)
 
     def _evaluation_problems(self, split: str) -> ProblemSet:
         whole = self.problems(split)

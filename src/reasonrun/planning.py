@@ -184,7 +184,14 @@ class Comparison:
         return asdict(self)
 
 
-_ACTUAL_UNITS = {"sample": "num_rollouts", "grade": "num_rollouts", "train": "num_steps", "curate": "num_rows"}
+_ACTUAL_UNITS = {
+    "sample": "num_rollouts",
+    "grade": "num_rollouts",
+    "train": "num_steps",
+    "curate": "num_rows",
+    "cut": "num_rows",
+    "logprobs": "num_pairs",
+}
 
 
 def compare(plan: Plan, rows: Sequence[dict[str, Any]]) -> Comparison:

@@ -76,21 +76,22 @@ class Rollout(Record):
     """One sampled completion.
 
     ``id`` is the row key: the request key, a dash, the sample index. ``parent_id`` names the rollout that this one
-    continues, corrects or retries. ``prompt_ids`` are the rendered ids that the engine saw; ``segments`` hold what
-    came after them, the end-of-sequence token included when the model produced it.
+    continues, corrects or retries. ``prompt_ids`` are the rendered messages; ``segments`` hold what came after them: what
+    was put in the model's mouth (``loss`` false), then what it sampled, the end-of-sequence token included when the model
+    produced it.
     """
 
     id: str
     problem_id: str
     index: int
     parent_id: str | None = None
-    kind: str  # the style or turn that produced it: plain, few_shot, hinted, continuation, turn-2 …
+    kind: str  # what it answers: a style (plain, few_shot, hinted), a turn, a continuation …
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     segments: tuple[Segment, ...]
     text: str  # decoded completion without special tokens
     finish_reason: FinishReason
-    logps: tuple[float, ...] | None = None  # one per completion token, under the sampling policy at temperature 1
+    logps: tuple[float, ...] | None = None  # one per sampled token, under the sampling policy at temperature 1
     policy: str  # digest of the weights
     sampling: Sampling
     seed: int
@@ -99,6 +100,11 @@ class Rollout(Record):
     def completion_ids(self) -> tuple[int, ...]:
         """All ids after the prompt."""
         return tuple(i for segment in self.segments for i in segment.token_ids)
+
+    @property
+    def num_given_tokens(self) -> int:
+        """Tokens of the completion that were put there before this sample began: an opening, a prefix."""
+        return sum(len(segment.token_ids) for segment in self.segments if not segment.loss)
 
     @property
     def truncated(self) -> bool:
@@ -171,10 +177,33 @@ class PreferenceExample(Record):
 
 
 Example = SFTExample | PreferenceExample
-EXAMPLE_TYPES: dict[str, type[SFTExample] | type[PreferenceExample]] = {
+
+
+class Prefix(Record):
+    """The beginning of a rollout's completion, to go on from. No token of it is learnt."""
+
+    kind: Literal["prefix"] = "prefix"
+    problem_id: str
+    rollout_ids: tuple[str, ...]  # the rollout that was cut
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    num_steps: int  # whole steps of reasoning in it
+    source: str = "self"
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The kept ids after the prompt."""
+        return tuple(i for segment in self.segments for i in segment.token_ids)
+
+
+Chosen = Example | Prefix
+CHOSEN_TYPES: dict[str, type[SFTExample] | type[PreferenceExample] | type[Prefix]] = {
     "sft": SFTExample,
     "preference": PreferenceExample,
+    "prefix": Prefix,
 }
+"""What curation may choose, by kind."""
 
 
 class LeftOut(Record):

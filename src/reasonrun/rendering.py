@@ -22,6 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.model_folder import ModelFolder
@@ -102,6 +103,20 @@ class Renderer:
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """``decode`` of many rows at once, special tokens left out."""
         return list(self._tokenizer.decode_batch([list(ids) for ids in rows], skip_special_tokens=True))
+
+    def decode_with_places(self, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+        """Text of ``ids`` without special tokens, and where each token stands in it.
+
+        Returns:
+            The text, and one more place than there are ids: place i counts the characters before token i. A token inside
+            a character of several tokens has the place of that character; special tokens take no room.
+        """
+        stream, parts, places = DecodeStream(skip_special_tokens=True), [], [0]
+        for token_id in ids:
+            part = stream.step(self._tokenizer, token_id) or ""
+            parts.append(part)
+            places.append(places[-1] + len(part))
+        return "".join(parts), tuple(places)
 
     def next_turn(
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], messages: Sequence[Message]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from reasonrun.records import Example, Graded, Problem, Rollout, Score, digest
+from reasonrun.records import Example, Graded, Prefix, Problem, Rollout, Score, digest
 from reasonrun.sets import Rows
 
 
@@ -139,6 +139,13 @@ class GradedSet:
                 failed.append(problem)
         return self._subset(failed)
 
+    def wrong(self) -> RolloutSet:
+        """The rollouts that are wrong; those that were not graded are not among them."""
+        kept = self.values < 1.0
+        share = float(kept.mean()) if len(self) else 0.0
+        rows = self.rollouts.rows.take(kept)
+        return RolloutSet(rows=rows, problems=self.problems, step=self.step, extent=self.extent.share(share))
+
     def no_problems(self) -> ProblemSet:
         """The empty subset, for a method that skips a phase."""
         return ProblemSet(problems=(), step=self.problems.step, extent=Extent.of(0))
@@ -173,3 +180,20 @@ class ExampleSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixSet:
+    """Beginnings of rollouts that a curation chose, ordered by problem, with the counts of what it left out."""
+
+    rows: Rows[Prefix]
+    problems: ProblemSet
+    left_out: dict[str, int]
+    step: str
+    extent: Extent
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Prefix]:
+        return iter(self.rows)

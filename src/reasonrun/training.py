@@ -29,6 +29,9 @@ class OptimizerSettings(Settings):
         "constant", Effect.SEMANTIC, "Learning-rate shape after the warm-up."
     )
     warmup_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps of linear warm-up from 0.", ge=0)
+    warmup_ratio: float = setting(
+        0.0, Effect.SEMANTIC, "Share of the optimizer steps that warm up, when warmup_steps is 0.", ge=0, le=1
+    )
     batch_size: int = setting(8, Effect.SEMANTIC, "Examples per optimizer step, over all devices.", ge=1)
     weight_decay: float = setting(0.0, Effect.SEMANTIC, "AdamW weight decay.", ge=0)
     adam_beta1: float = setting(0.9, Effect.SEMANTIC, "Adam beta 1.", ge=0, lt=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -275,3 +276,17 @@ def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentProblem, match="name or service not known") as caught:
         Gsm8k(Gsm8k.Settings()).problems("train")
     assert "task.path" in str(caught.value)
+
+
+def test_the_style_steps_labels_every_step_from_the_opening_on(folder: Path) -> None:
+    task = gsm8k(folder)
+    asked = task.problems("test")[0]
+    solution = task.solution(asked)
+    assert solution.startswith(task.opening("steps")) and task.opening("steps").endswith("\nStep 1:")
+    assert [match[0] for match in re.finditer(r"^Step \d+:", solution, re.MULTILINE)] == ["Step 1:", "Step 2:"]
+    assert task.grader().grade(asked, solution, truncated=False).correct
+    assert task.opening("plain") == task.opening("few_shot") == ""
+    for given in (task.opening("steps"), solution[: solution.index("Step 2:")], solution[: solution.index(" That")]):
+        assert given + task.scripted_answer(asked, correct=True, seed=0, prefix=given) == solution
+        wrong = given + task.scripted_answer(asked, correct=False, seed=0, prefix=given)
+        assert wrong.startswith(given) and not task.grader().grade(asked, wrong, truncated=False).correct

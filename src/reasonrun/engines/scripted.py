@@ -76,7 +76,8 @@ class Scripted:
         seed = row_seed(request.seed, index)
         fate, luck = (float(uniforms(np.array([seed], dtype=np.uint64), position)[0]) for position in (0, 1))
         ease = self.settings.spread * (derive_seed("ease", problem.id) % 1000 / 1000 - 0.5)
-        text = self._task.scripted_answer(problem, correct=luck < self.skill + ease, seed=seed)
+        given = self._renderer.decode(request.prompt_ids[len(request.prompt_ids) - request.num_given :])
+        text = self._task.scripted_answer(problem, correct=luck < self.skill + ease, seed=seed, prefix=given)
         if fate < self.settings.unanswered:
             text = "I do not know."
         ids = (*self._renderer.encode(text), self._renderer.eos_ids[0])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from reasonrun.contracts import Grader, Task
+from reasonrun.curate.steps import Marks, labelled
 from reasonrun.errors import RecipeError
 from reasonrun.grading.number import NumberGrader
 from reasonrun.prompts import arith as words
@@ -29,6 +30,8 @@ Operator = Literal["*", "+", "-"]
 SPLITS = ("train", "dev", "test", "pretrain")
 _PHRASES = {"*": words.MULTIPLY, "+": words.ADD, "-": words.SUBTRACT}
 _STEP_LINE = re.compile(r"^Step (\d+): (\d+) ([*+-]) (\d+) = (\d+)$")
+_STEP_RESULT = re.compile(r"^Step .* = (\d+)\n", re.MULTILINE)
+_ANSWER = "Answer:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +107,10 @@ def question_text(chain: Chain, rng: random.Random) -> str:
     return " ".join([*parts, rng.choice(words.QUESTIONS)])
 
 
-def solution_text(steps: Sequence[Step]) -> str:
-    """Steps as labelled lines, then the answer."""
-    lines = [f"Step {number}: {step}" for number, step in enumerate(steps, start=1)]
-    return "\n".join([*lines, f"Answer: {steps[-1].result}"])
+def solution_text(steps: Sequence[Step], *, first: int = 1) -> str:
+    """Steps as labelled lines, the first one numbered ``first``, then the answer."""
+    lines = [f"Step {number}: {step}" for number, step in enumerate(steps, start=first)]
+    return "\n".join([*lines, f"{_ANSWER} {steps[-1].result}"])
 
 
 def mistaken_result(step: Step, rng: random.Random) -> int:
@@ -168,7 +171,7 @@ class Arith(Task):
     name = "arith"
     prompt_version = words.VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "rubric"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "rubric"})
     hint_markers: ClassVar[tuple[str, ...]] = ("The answer is",)
 
     class Settings(SettingsBase):
@@ -266,16 +269,57 @@ class Arith(Task):
         """The answer line alone."""
         return f"Answer: {problem.reference}"
 
-    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:
-        """The gold solution, or one with a single wrong step that also changes the answer."""
+    def segment(self, text: str) -> Marks | str:
+        """The labelled steps, and the answer line as a step of its own."""
+        found = labelled(text)
+        answer = text.rfind("\n" + _ANSWER) + 1
+        if isinstance(found, str) or not answer or answer < found[-1][0]:
+            return found
+        return [*found, (answer, answer + len(_ANSWER))]
+
+    def first_error(self, problem: Problem, text: str) -> int | str:
+        """The first step that is not the gold one (products and sums may be turned round) or is too much; the answer
+        line, when it comes too early or does not repeat the last result.
+
+        Everything before it is then the gold solution's beginning, so the gold step of that number is its correction.
+        """
+        found = self.segment(text)
+        if isinstance(found, str):
+            return found
+        gold = [str(step) for step in chain_of(problem).solve()]
+        turned = [_turned_round(step) for step in chain_of(problem).solve()]
+        ends = [start for start, _ in found[1:]] + [len(text)]
+        for number, ((start, body), end) in enumerate(zip(found, ends, strict=True)):
+            said = text[body:end].strip()
+            if text.startswith(_ANSWER, start):
+                return "no_error" if number == len(gold) and said == problem.reference else start
+            if number >= len(gold) or said not in (gold[number], turned[number]):
+                return start
+        return "no_error"
+
+    def solution(self, problem: Problem) -> str:
+        """The gold solution in the form that the carried model writes."""
+        return solution_text(chain_of(problem).solve())
+
+    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:
+        """The gold steps from where ``prefix`` stands, or one of them wrong so that the answer changes, too."""
         chain = chain_of(problem)
-        if correct:
-            return solution_text(chain.solve())
+        written = [int(match[1]) for match in _STEP_RESULT.finditer(prefix)]
+        start = written[-1] if written else chain.start
+        rest = Chain(start=start, operations=chain.operations[len(written) :])
+        steps = rest.solve()
         rng = random.Random(seed)
-        while True:  # a slip of 20 before a product with 5 vanishes: draw again
-            steps = solve_with_mistakes(chain, frozenset({rng.randrange(len(chain.operations))}), rng)
-            if str(steps[-1].result) != problem.reference:
-                return solution_text(steps)
+        while not correct and rest.operations:  # a slip of 20 before a product with 5 vanishes: draw again
+            steps = solve_with_mistakes(rest, frozenset({rng.randrange(len(rest.operations))}), rng)
+            correct = str(steps[-1].result) != problem.reference
+        text = solution_text(steps, first=len(written) + 1) if steps else f"{_ANSWER} {start}"
+        label = prefix.rpartition("\n")[2]
+        return text.removeprefix(label) if label else text
+
+
+def _turned_round(step: Step) -> str:
+    """The step with its operands exchanged, where that is the same calculation."""
+    return str(step) if step.operator == "-" else f"{step.right} {step.operator} {step.left} = {step.result}"
 
 
 def chain_of(problem: Problem) -> Chain:

@@ -45,7 +45,8 @@ class Gsm8k(Task):
 
     name = "gsm8k"
     prompt_version = PROMPT_VERSION
-    styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted", "direct"})
+    styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "steps", "hinted", "direct"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"solution"})
     hint_markers: ClassVar[tuple[str, ...]] = tuple(_PROMPTS["hint_markers"])
 
     class Settings(SettingsBase):
@@ -63,7 +64,7 @@ class Gsm8k(Task):
         max_steps: int = setting(
             0, Effect.SEMANTIC, "Keep problems whose gold solution has at most so many <<…>> steps; 0 keeps all.", ge=0
         )
-        num_shots: int = setting(6, Effect.SEMANTIC, "Demonstrations in the few_shot style.", ge=0)
+        num_shots: int = setting(6, Effect.SEMANTIC, "Demonstrations in the few_shot and steps styles.", ge=0)
         num_hinted_shots: int = setting(6, Effect.SEMANTIC, "Hinted demonstrations in the hinted style.", ge=0)
 
     def __init__(self, config: Settings) -> None:
@@ -97,10 +98,12 @@ class Gsm8k(Task):
         return chosen
 
     def messages(self, problem: Problem, style: str) -> tuple[Message, ...]:
-        """plain and direct ask once; few_shot and hinted come after demonstrations, the first training problems."""
+        """plain and direct ask once; few_shot, steps and hinted come after demonstrations, the first training problems."""
         if style not in self.styles:
             raise RecipeError(f"task gsm8k has no style {style!r}; it has {', '.join(sorted(self.styles))}")
-        num_shots = {"few_shot": self.config.num_shots, "hinted": self.config.num_hinted_shots}.get(style, 0)
+        num_shots = self.config.num_hinted_shots if style == "hinted" else self.config.num_shots
+        if style in ("plain", "direct"):
+            num_shots = 0
         turns = [
             message for shot in self._demonstrations(num_shots, problem) for message in self._exchange(shot, style)
         ]
@@ -114,14 +117,28 @@ class Gsm8k(Task):
         """The answer line alone."""
         return f"#### {problem.reference}"
 
-    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int) -> str:
-        """The gold solution, or the same one with another final number."""
-        solution = bare_solution(problem)
+    def opening(self, style: str) -> str:
+        """The style ``steps`` begins with a labelled first step (Lai et al. 2024, arXiv 2406.18629, §3.2)."""
+        return str(_PROMPTS["opening"]).strip() if style == "steps" else ""
+
+    def solution(self, problem: Problem) -> str:
+        """The gold solution with the opening and a label before each of its lines."""
+        *lines, answer = bare_solution(problem).split("\n")
+        opening, _, first = self.opening("steps").rpartition("\n")
+        labels = [first, *(f"Step {number}:" for number in range(2, len(lines) + 1))]
+        steps = [f"{label} {line}" for label, line in zip(labels, lines, strict=True)]
+        return "\n".join([opening, *steps, answer])
+
+    def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:
+        """What is left of the gold solution after as many lines as ``prefix`` has, or the same with another number."""
+        solution = self.solution(problem) if prefix else bare_solution(problem)
         gold = read_number(problem.reference)
-        if correct or gold is None:
-            return solution
-        offset = random.Random(seed).choice((1, -1, 2, 10, -10))
-        return f"{solution.rpartition('####')[0]}#### {write_number(gold + offset)}"
+        if not correct and gold is not None:
+            offset = random.Random(seed).choice((1, -1, 2, 10, -10))
+            solution = f"{solution.rpartition('####')[0]}#### {write_number(gold + offset)}"
+        whole, _, label = prefix.rpartition("\n")
+        rest = "\n".join(solution.split("\n")[whole.count("\n") + 1 :]) if whole else solution
+        return rest.removeprefix(label) if label else rest
 
     def _question(self, problem: Problem, style: str) -> Message:
         # not str.format, and the answer only behind the question: a question may hold braces
@@ -131,7 +148,8 @@ class Gsm8k(Task):
         return Message(role="user", content=before + question + after.replace("{answer}", answer))
 
     def _exchange(self, problem: Problem, style: str) -> tuple[Message, Message]:
-        return self._question(problem, style), Message(role="assistant", content=bare_solution(problem))
+        solution = self.solution(problem) if style == "steps" else bare_solution(problem)
+        return self._question(problem, style), Message(role="assistant", content=solution)
 
     def _demonstrations(self, num_shots: int, asked: Problem) -> list[Problem]:
         """The first problems of train, without the one that is asked: its prompt must not hold its solution."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def _arguments(job: TrainJob, settings: OptimizerSettings, out_dir: Path) -> Tra
         gradient_accumulation_steps=1,
         learning_rate=settings.lr,
         lr_scheduler_type=_SCHEDULES[settings.schedule],
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.warmup_steps or math.ceil(settings.warmup_ratio * job.num_steps),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,

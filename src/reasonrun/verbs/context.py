@@ -16,12 +16,14 @@ from reasonrun.generation import Completion, Request
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.recipe import ResolvedRecipe
-from reasonrun.records import Checkpoint, Message, Problem
+from reasonrun.records import Checkpoint, Message, Problem, Segment
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
 from reasonrun.training import TrainJob, TrainResult
 
 Unit = tuple[int, Sequence[Request]]
+TokenPair = tuple[Sequence[int], Sequence[int]]
+"""Ids of a prompt and of what follows it."""
 
 
 class Host(Protocol):
@@ -30,6 +32,8 @@ class Host(Protocol):
     unit_rows: int
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]: ...
+
+    def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]: ...
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult: ...
 
@@ -128,6 +132,11 @@ class Context:
         """The conversation that asks ``problem`` in ``style``, and its rendered ids."""
         messages = self.task.messages(problem, style)
         return messages, self.renderer.render(messages)
+
+    def opening(self, style: str) -> tuple[Segment, ...]:
+        """The beginning that every answer in ``style`` is given."""
+        ids = self.renderer.encode(self.task.opening(style))
+        return (Segment(token_ids=ids, src="prompt", loss=False),) if ids else ()
 
     @contextmanager
     def timed(self, step: str, verb: str) -> Iterator[None]:

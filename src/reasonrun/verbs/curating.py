@@ -1,4 +1,5 @@
-"""``curate``: a pure function from one problem's rows to examples, with a reason for every row left out."""
+"""``curate`` and ``cut``: a pure function from one problem's rows to examples or to prefixes, with a reason for every row
+left out."""
 
 from __future__ import annotations
 
@@ -11,29 +12,43 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from reasonrun.curate.group import Group
+from reasonrun.curate.steps import SEGMENTERS, Marks, Steps, on_tokens
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.records import EXAMPLE_TYPES, Example, Graded, LeftOut, Problem, Segment, digest
-from reasonrun.samples import ExampleSet, Extent, GradedSet, ProblemSet
+from reasonrun.records import CHOSEN_TYPES, Chosen, Graded, LeftOut, Prefix, Problem, Rollout, Segment, digest
+from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep
 
 if TYPE_CHECKING:
     from reasonrun.ledger.tables import TableWriter
 
-Curation = Callable[..., Iterator[Example | LeftOut]]
+Curation = Callable[..., Iterator[Chosen | LeftOut]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurateJob:
+    """A curation as the method asked for it; ``of_prefixes`` says what it must choose: prefixes, or examples."""
+
     name: str
     function: Curation
     sets: tuple[GradedSet | ProblemSet, ...]
     params: dict[str, Any]
+    of_prefixes: bool = False
+
+    @property
+    def verb(self) -> str:
+        return "cut" if self.of_prefixes else "curate"
 
     @property
     def graded(self) -> tuple[GradedSet, ...]:
         return tuple(rows for rows in self.sets if isinstance(rows, GradedSet))
+
+    @property
+    def problems(self) -> ProblemSet:
+        """Those of the first set."""
+        first = self.sets[0]
+        return first.problems if isinstance(first, GradedSet) else first
 
     @property
     def dotted(self) -> str:
@@ -46,13 +61,38 @@ def curate(ctx: Context, job: CurateJob) -> ExampleSet:
     Raises:
         RecipeError: the function is a lambda or a bound method, or carries no version.
         RunConflict: changed code chooses other rows than the committed ones.
-        RunFailed: the function lost or repeated a row.
+        RunFailed: the function lost or repeated a row, or chose prefixes.
     """
-    version = _version(job)
+    step = _committed(ctx, job)
+    return ExampleSet(
+        rows=_chosen(ctx, step),
+        paths=tuple(str(path) for path in step.table_paths("rows")),
+        left_out=dict(step.result["left_out"]),
+        step=job.name,
+        digest=step.digest,
+        extent=_extent(ctx, job, step),
+        kind=step.result["kind"],
+        sources=dict(step.result["sources"]),
+    )
+
+
+def cut(ctx: Context, job: CurateJob) -> PrefixSet:
+    """Run or replay one step that chooses prefixes. Raises as ``curate`` does."""
+    step = _committed(ctx, job)
+    return PrefixSet(
+        rows=_chosen(ctx, step),
+        problems=job.problems,
+        left_out=dict(step.result["left_out"]),
+        step=job.name,
+        extent=_extent(ctx, job, step),
+    )
+
+
+def _committed(ctx: Context, job: CurateJob) -> Committed:
     fingerprint = {
-        "verb": "curate",
+        "verb": job.verb,
         "function": job.dotted,
-        "version": version,
+        "version": _version(job),
         "params": digest(job.params),
         "sets": [rows.digest for rows in job.sets],
         "tokenizer": ctx.renderer.digest,
@@ -62,12 +102,12 @@ def curate(ctx: Context, job: CurateJob) -> ExampleSet:
     step = ctx.open_step(job.name, fingerprint)
     new = isinstance(step, OpenStep)
     if isinstance(step, OpenStep):
-        with ctx.timed(job.name, "curate"):
+        with ctx.timed(job.name, job.verb):
             step = _curate(ctx, job, step)
     elif ctx.code_changed:
         _compare(ctx, job, step)
-    ctx.record(step, "curate", new=new)
-    return _example_set(ctx, job, step)
+    ctx.record(step, job.verb, new=new)
+    return step
 
 
 def _version(job: CurateJob) -> int:
@@ -88,13 +128,14 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
     with ExitStack() as tables:
         left_out = tables.enter_context(step.table("left_out", LeftOut))
         examples: TableWriter | None = None
-        kind = "sft"
+        kind = "prefix" if job.of_prefixes else "sft"
         for outcome in _outcomes(ctx, job):
             if isinstance(outcome, LeftOut):
                 reasons[outcome.reason] += 1
                 left_out.append(outcome)
                 continue
             if examples is None:
+                _refuse_other_choice(job, outcome)
                 examples, kind = tables.enter_context(step.table("rows", type(outcome))), outcome.kind
             elif outcome.kind != kind:
                 raise RunFailed(
@@ -104,7 +145,7 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
             sources[outcome.source] += 1
             examples.append(outcome)
         if examples is None:
-            tables.enter_context(step.table("rows", EXAMPLE_TYPES[kind]))
+            tables.enter_context(step.table("rows", CHOSEN_TYPES[kind]))
     num_examples = sources.total()
     result = {
         "kind": kind,
@@ -119,26 +160,66 @@ def _curate(ctx: Context, job: CurateJob, step: OpenStep) -> Committed:
     return committed
 
 
-def _outcomes(ctx: Context, job: CurateJob) -> Iterator[Example | LeftOut]:
+def _refuse_other_choice(job: CurateJob, outcome: Chosen) -> None:
+    if isinstance(outcome, Prefix) == job.of_prefixes:
+        return
+    raise RunFailed(
+        f"step {job.name}: {job.dotted} chose {outcome.kind} rows, which lab.{job.verb} does not take",
+        hint="prefixes come from lab.cut, examples from lab.curate",
+    )
+
+
+def _outcomes(ctx: Context, job: CurateJob) -> Iterator[Chosen | LeftOut]:
     problems: dict[str, Problem] = {problem.id: problem for rows in job.sets for problem in rows.problems}
     for problem in problems.values():
-
-        @cache
-        def prompt(style: str, problem: Problem = problem) -> Segment:
-            return Segment(token_ids=ctx.prompt(problem, style)[1], src="prompt", loss=False)
-
-        def gold(problem: Problem = problem) -> Segment:
-            ids = (*ctx.renderer.encode(ctx.task.direct_answer(problem)), ctx.renderer.eos_ids[0])
-            return Segment(token_ids=ids, src="gold", loss=True)
-
         rows: list[list[Graded]] = [graded.of_problem(problem.id) for graded in job.graded]
-        group = Group(problem=problem, prompt=prompt, gold=gold)
-        yield from _conserving(job, problem.id, rows, job.function(group, *rows, **job.params))
+        outcomes = job.function(group_of(ctx, problem), *rows, **job.params)
+        yield from _conserving(job, problem.id, rows, outcomes)
+
+
+def group_of(ctx: Context, problem: Problem) -> Group:
+    """What a curation function is told about ``problem``."""
+    renderer, task = ctx.renderer, ctx.task
+
+    @cache
+    def prompt(style: str) -> Segment:
+        return Segment(token_ids=ctx.prompt(problem, style)[1], src="prompt", loss=False)
+
+    def gold() -> Segment:
+        ids = (*renderer.encode(task.direct_answer(problem)), renderer.eos_ids[0])
+        return Segment(token_ids=ids, src="gold", loss=True)
+
+    def marks(text: str, how: str) -> Marks | str:
+        return task.segment(text) if how == "task" else SEGMENTERS[how](text)
+
+    def steps(rollout: Rollout, how: str) -> Steps | str:
+        text, places = renderer.decode_with_places(rollout.completion_ids)
+        found = marks(text, how)
+        return found if isinstance(found, str) else on_tokens(text, places, found)
+
+    def written_steps(text: str, how: str) -> list[tuple[int, ...]] | str:
+        found = marks(text, how)
+        if isinstance(found, str):
+            return found
+        ends = [start for start, _ in found[1:]] + [len(text)]
+        parts = [renderer.encode(text[body:end]) for (_, body), end in zip(found, ends, strict=True)]
+        return [*parts[:-1], (*parts[-1], renderer.eos_ids[0])]
+
+    return Group(
+        problem=problem,
+        prompt=prompt,
+        gold=gold,
+        steps=steps,
+        written_steps=written_steps,
+        first_error=lambda text: task.first_error(problem, text),
+        solution=lambda: task.solution(problem),
+        context_length=renderer.context_length,
+    )
 
 
 def _conserving(
-    job: CurateJob, problem_id: str, rows: list[list[Graded]], outcomes: Iterator[Example | LeftOut]
-) -> Iterator[Example | LeftOut]:
+    job: CurateJob, problem_id: str, rows: list[list[Graded]], outcomes: Iterator[Chosen | LeftOut]
+) -> Iterator[Chosen | LeftOut]:
     """The outcomes of one problem, checked at the end: rows in = rows used + rows left out (promise G17).
 
     A row may serve several examples, never none in silence.
@@ -165,7 +246,7 @@ def _conserving(
 
 def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     """Run a committed curation again under changed code and stop when it chooses other rows."""
-    committed = iter(_examples(ctx, step))
+    committed = iter(_chosen(ctx, step))
     again = (outcome for outcome in _outcomes(ctx, job) if not isinstance(outcome, LeftOut))
     num_again = changed = 0
     for old, new in zip_longest(committed, again):
@@ -182,28 +263,19 @@ def _compare(ctx: Context, job: CurateJob, step: Committed) -> None:
     )
 
 
-def _examples(ctx: Context, step: Committed) -> Rows[Any]:
-    return Rows.load(EXAMPLE_TYPES[step.result["kind"]], step.table_paths("rows"), ctx.cache_dir)
+def _chosen(ctx: Context, step: Committed) -> Rows[Any]:
+    return Rows.load(CHOSEN_TYPES[step.result["kind"]], step.table_paths("rows"), ctx.cache_dir)
 
 
-def _example_set(ctx: Context, job: CurateJob, step: Committed) -> ExampleSet:
-    paths = step.table_paths("rows")
-    result = step.result
+def _extent(ctx: Context, job: CurateJob, step: Committed) -> Extent:
+    """How many rows the step gives in the real run; in a rehearsal the step is planned, too."""
     extent = Extent.of(0)
     for rows in job.sets:
         extent = extent.plus(rows.extent)
     if ctx.planned is not None:
         zero = Extent.of(0)
         ctx.planned.append(
-            PlannedStep(step=job.name, verb="curate", unit="rows", units=extent, tokens=zero, disk_bytes=zero)
+            PlannedStep(step=job.name, verb=job.verb, unit="rows", units=extent, tokens=zero, disk_bytes=zero)
         )
-    return ExampleSet(
-        rows=_examples(ctx, step),
-        paths=tuple(str(path) for path in paths),
-        left_out=dict(result["left_out"]),
-        step=job.name,
-        digest=step.digest,
-        extent=extent.share(result["kept_share"]),
-        kind=result["kind"],
-        sources=dict(result["sources"]),
-    )
+    kept = step.result["kept_share"]
+    return extent.times(max(1.0, kept)).share(min(1.0, kept))

@@ -18,6 +18,7 @@ from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.ledger.wal import Wal
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Message, Problem, Rollout, Sampling, Segment, digest
+from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent, ProblemSet, RolloutSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep, Unit
@@ -25,12 +26,25 @@ from reasonrun.verbs.context import Context, PlannedStep, Unit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """One prompt to sample from: a problem in a style, or the next turn of a rollout."""
+    """One prompt to sample from: a problem in a style, the next turn of a rollout, the beginning of one.
+
+    ``given`` is the beginning of the answer, put in the model's mouth.
+    """
 
     problem: Problem
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
+    given: tuple[Segment, ...] = ()
     parent_id: str | None = None
+
+    @property
+    def given_ids(self) -> tuple[int, ...]:
+        return tuple(i for segment in self.given for i in segment.token_ids)
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """What the engine goes on from."""
+        return self.prompt_ids + self.given_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,23 +65,30 @@ class SampleJob:
     def request(self, ordinal: int) -> Request:
         """The request of one ask; its key holds everything that the completions depend on."""
         ask = self.asks[ordinal]
-        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(list(ask.prompt_ids)))
+        all_ids = ask.all_ids
+        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(list(all_ids)))
         key = digest(
             [
                 self.policy.weights,
                 self.policy.tokenizer,
                 ask.problem.id,
                 ask.parent_id,
-                list(ask.prompt_ids),
+                list(all_ids),
                 self.sampling.model_dump(mode="json"),
                 list(self.seed_parts),
             ]
         )
         return Request(
-            key=key, problem_id=ask.problem.id, prompt_ids=ask.prompt_ids, n=self.n, seed=seed, sampling=self.sampling
+            key=key,
+            problem_id=ask.problem.id,
+            prompt_ids=all_ids,
+            num_given=len(all_ids) - len(ask.prompt_ids),
+            n=self.n,
+            seed=seed,
+            sampling=self.sampling,
         )
 
-    def rollout(self, row: int, completion: dict[str, Any]) -> Rollout:
+    def rollout(self, row: int, completion: dict[str, Any], renderer: Renderer) -> Rollout:
         """The record of row ``row`` (ask-major) from its logged completion."""
         ask, request = self.asks[row // self.n], self.request(row // self.n)
         logps = completion["logps"]
@@ -79,8 +100,8 @@ class SampleJob:
             kind=self.kind,
             messages=ask.messages,
             prompt_ids=ask.prompt_ids,
-            segments=(Segment(token_ids=tuple(completion["ids"]), src="model", loss=True),),
-            text=completion["text"],
+            segments=(*ask.given, Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)),
+            text=_whole_text(ask, completion, renderer) if ask.given else completion["text"],
             finish_reason=completion["finish"],
             logps=None if logps is None else tuple(logps),
             policy=self.policy.weights,
@@ -103,10 +124,21 @@ class SampleJob:
         }
 
 
+def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:
+    """Given and sampled tokens decoded together, without the stop string that the engine took off.
+
+    A tokenizer may decode the first token of a text otherwise than the same one further on.
+    """
+    ids = tuple(completion["ids"])
+    num_taken_off = len(renderer.decode(ids)) - len(completion["text"])
+    whole = renderer.decode(ask.given_ids + ids)
+    return whole[: len(whole) - num_taken_off]
+
+
 def _prompts_digest(asks: Sequence[Ask]) -> str:
     running = hashlib.sha256()
     for ask in asks:
-        content = [ask.parent_id, [[message.role, message.content] for message in ask.messages], list(ask.prompt_ids)]
+        content = [ask.parent_id, [[message.role, message.content] for message in ask.messages], list(ask.all_ids)]
         running.update(json.dumps(content).encode())
     return running.hexdigest()[:32]
 
@@ -152,17 +184,17 @@ def _plan(ctx: Context, job: SampleJob, step: Committed) -> None:
 
 
 def _check_context(ctx: Context, job: SampleJob) -> None:
-    longest = max(job.asks, key=lambda ask: len(ask.prompt_ids), default=None)
+    longest = max(job.asks, key=lambda ask: len(ask.all_ids), default=None)
     if longest is None:
         return
     limit = ctx.renderer.context_length
-    needed = len(longest.prompt_ids) + job.sampling.max_new_tokens
+    needed = len(longest.all_ids) + job.sampling.max_new_tokens
     if needed <= limit:
         return
-    num_over = sum(len(ask.prompt_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
+    num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
     raise RecipeError(
         f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest (problem {longest.problem.id})"
-        f" has {len(longest.prompt_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens,"
+        f" has {len(longest.all_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens,"
         f" the model's context holds {limit}",
         hint="lower max_new_tokens, use fewer demonstrations, or take a model with a longer context",
     )
@@ -183,10 +215,10 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
             ctx.check_stop()
     wal.flush()
     counts: Counter[str] = Counter()
-    step.seal_table("rows", Rollout, _counted(job, wal, total, counts))
+    step.seal_table("rows", Rollout, _counted(ctx, job, wal, total, counts))
     result = {
         "num_rollouts": total,
-        "num_prompt_tokens": sum(len(ask.prompt_ids) for ask in job.asks),
+        "num_prompt_tokens": sum(len(ask.all_ids) for ask in job.asks),
         "num_completion_tokens": counts.pop("tokens", 0),
         "finish_reasons": dict(sorted(counts.items())),
     }
@@ -202,7 +234,7 @@ def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_fl
     handed-out requests to their ordinals.
     """
     pending = [int(ordinal) for ordinal in np.unique(missing // job.n)]
-    pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].prompt_ids), ordinal))
+    pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].all_ids), ordinal))
     size = max(1, unit_rows // job.n)
     for start in range(0, len(pending), size):
         ordinals = pending[start : start + size]
@@ -220,9 +252,9 @@ def _logged(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _counted(job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
+def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
     for row in range(total):
-        rollout = job.rollout(row, wal.read(row))
-        counts["tokens"] += len(rollout.completion_ids)
+        rollout = job.rollout(row, wal.read(row), ctx.renderer)
+        counts["tokens"] += len(rollout.completion_ids) - rollout.num_given_tokens
         counts[rollout.finish_reason] += 1
         yield rollout
