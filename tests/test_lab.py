@@ -227,7 +227,7 @@ def test_the_plan_matches_the_run_where_it_says_exact(tmp_path):
     run(recipe, RunOptions(directory=tmp_path / "run"), SilentProgress())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     done = {row["step"]: row.get("num_rollouts", row.get("num_steps")) for row in rows}
-    evaluated = {row["step"] for row in rows if row["verb"] in ("evaluate", "problems")}
+    evaluated = {row["step"] for row in rows if row["verb"] in ("evaluate", "problems", "preflight")}
     reached = [row["step"] for row in rows if row["step"] not in evaluated and "/test-best/" not in row["step"]]
     # Whether the best checkpoint is another one than the last depends on the samples.
     possible = [step for step in planned.steps if "/test-best/" in step.step]

@@ -92,10 +92,41 @@ def test_operational_fields_are_free(clean):
     assert execute(clean[0], "engine.seconds_per_unit=0.5").already_finished
 
 
+NEVER_RIGHT = ("engine.accuracy=0", "engine.gain=0", "engine.spread=0")
+ALWAYS_RIGHT = ("engine.accuracy=1", "engine.spread=0", "engine.unanswered=0", "engine.truncated=0")
+
+
+def test_preflight_refuses_a_base_that_solves_nothing_and_can_be_told_to_go_on(tmp_path):
+    for _ in range(2):
+        with pytest.raises(Finding, match="preflight: no answer of the base is right") as finding:
+            execute(tmp_path / "run", *NEVER_RIGHT)
+    assert finding.value.exit_code == 5 and finding.value.evidence["samples"] == 12 * 8
+    assert "preflight=report" in str(finding.value) and "easier problems" in str(finding.value)
+    assert sorted(path.name for path in (tmp_path / "run" / "steps").iterdir()) == ["preflight", "problems"]
+    with pytest.raises(Finding, match="step round-001/train: nothing to learn from"):
+        execute(tmp_path / "run", *NEVER_RIGHT, "preflight=report")
+
+
+def test_preflight_names_the_cause(tmp_path):
+    with pytest.raises(Finding, match="most answers were cut off: raise max_new_tokens"):
+        execute(tmp_path / "cut", *NEVER_RIGHT, "engine.truncated=1")
+    with pytest.raises(Finding, match="most answers cannot be read: choose a prompt style"):
+        execute(tmp_path / "mute", *NEVER_RIGHT, "engine.unanswered=1", "engine.truncated=0")
+
+
+def test_preflight_asks_for_what_the_method_learns_from(tmp_path):
+    small = ("task.num_train=8", "task.num_dev=4", "task.num_test=4", *ALWAYS_RIGHT)
+    recipe = load("smoke_step_dpo", list(small))
+    with pytest.raises(Finding, match="preflight: every answer of the base is right") as finding:
+        run(recipe, RunOptions(directory=tmp_path / "wrong"), SilentProgress())
+    assert "take harder problems" in str(finding.value)
+    execute(tmp_path / "right", *ALWAYS_RIGHT)  # STaR learns from right answers
+
+
 def test_nothing_to_learn_from_is_a_finding_with_counts_and_says_so_again(tmp_path):
     for _ in range(2):
         with pytest.raises(Finding) as finding:
-            execute(tmp_path / "run", "engine.accuracy=0", "engine.gain=0", "engine.spread=0")
+            execute(tmp_path / "run", *NEVER_RIGHT, "preflight=report")
         assert finding.value.exit_code == 5
         assert finding.value.evidence["wrong"] > 0
         assert "best model so far: the base model" in str(finding.value)

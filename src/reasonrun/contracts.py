@@ -9,16 +9,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from reasonrun.generation import Completion, Request
-from reasonrun.records import Checkpoint, Message, Problem, Score
+from reasonrun.records import Checkpoint, Message, Problem, Sampling, Score
 from reasonrun.settings import Settings
 from reasonrun.training import TrainJob, TrainKind, TrainResult
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What a small sample of the base must show before a run is worth its compute.
+
+    ``needs`` says what the method learns from: ``right`` answers, ``wrong`` ones, or ``variance``: problems with both.
+    """
+
+    style: str
+    sampling: Sampling
+    needs: frozenset[Literal["right", "wrong", "variance"]] = frozenset({"right"})
 
 
 class Method(ABC):
@@ -37,6 +50,12 @@ class Method(ABC):
     @abstractmethod
     def run(self, lab: Lab) -> Checkpoint:
         """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""
+
+    def preflight(self) -> Probe | None:
+        """What to look at before the run; None for a method that does not learn from its own samples."""
+        if not self.trains:
+            return None
+        return Probe(style="plain", sampling=Sampling(max_new_tokens=getattr(self.config, "max_new_tokens", 256)))
 
 
 class Grader(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from reasonrun.contracts import Grader, Task
+from reasonrun.contracts import Grader, Probe, Task
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
@@ -19,6 +19,7 @@ from reasonrun.verbs.context import Context
 from reasonrun.verbs.curating import CurateJob, Curation, curate, cut
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
+from reasonrun.verbs.preflight import PREFLIGHT_PROBLEMS, PREFLIGHT_SAMPLES, look
 from reasonrun.verbs.sampling import Ask, SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
 from reasonrun.verbs.training import TrainRequest, train
@@ -272,6 +273,22 @@ class Lab:
         outcome = evaluate(self._context, full, policy, problems, split, part, self._max_new_tokens())
         self.evaluations.append(outcome)
         return outcome
+
+    def preflight(self, probe: Probe) -> dict[str, Any]:
+        """How the base does on the first problems of train, in the way that the method will ask it."""
+        whole = self.problems("train")
+        first = whole.problems[:PREFLIGHT_PROBLEMS]
+        extent = Extent.of(min(PREFLIGHT_PROBLEMS, int(whole.extent.expected)))
+        num_samples = PREFLIGHT_SAMPLES if probe.sampling.temperature else 1
+        with self.scope("preflight"):
+            tried = self.sample(
+                self.base,
+                ProblemSet(problems=first, step=whole.step, extent=extent),
+                n=num_samples,
+                style=probe.style,
+                sampling=probe.sampling,
+            )
+            return look(self._context, self._claim("look"), self.grade(tried))
 
     def logprobs(self, policy: Checkpoint, pairs: ExampleSet, *, name: str = "logprobs") -> LogprobSet:
         """How probable ``policy`` finds both continuations of every pair."""

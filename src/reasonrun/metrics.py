@@ -187,7 +187,8 @@ def summarise(groups: Sequence[Sequence[Score | Graded]], *, confidence: float =
     """The table of one evaluation; ``groups`` holds the verdicts of each problem, in sampling order.
 
     An ungraded row (value None) counts as incorrect here. ``accuracy`` is the mean over problems of the share that is
-    correct; its interval is Wilson's with one sample per problem, else a bootstrap over problems. pass@k is given for
+    correct; its interval is Wilson's with one sample per problem, or when all are right or all wrong, else a bootstrap over
+    problems. pass@k is given for
     powers of two up to the fewest samples of any problem, and maj@n over all samples when there are several.
 
     Raises:
@@ -200,8 +201,9 @@ def summarise(groups: Sequence[Sequence[Score | Graded]], *, confidence: float =
     num_correct_P = [sum(score.correct for score in group) for group in scores]
     shares_P = [c / len(group) for c, group in zip(num_correct_P, scores, strict=True)]
     fewest = min(len(group) for group in scores)
-    if len(rows) == len(scores):
-        interval = wilson_interval(sum(num_correct_P), len(scores), confidence=confidence)
+    if len(rows) == len(scores) or max(shares_P) == 0 or min(shares_P) == 1:
+        # resampling problems that are all wrong, or all right, would claim certainty
+        interval = wilson_interval(int(sum(shares_P)), len(scores), confidence=confidence)
     else:
         interval = bootstrap_interval(shares_P, confidence=confidence)
     reasons = Counter(score.reason for score in rows)

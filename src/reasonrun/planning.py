@@ -15,6 +15,7 @@ from reasonrun.lab import Lab
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
+from reasonrun.preflight import preflight
 from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Problem
 from reasonrun.rendering import Renderer
@@ -130,8 +131,10 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             problems_by_id=problems,
         )
         lab = Lab(context)
+        method = recipe.classes["method"](recipe.method)
         try:
-            conclude(lab, recipe.classes["method"](recipe.method).run(lab))
+            preflight(lab, method, "off" if recipe.preflight == "off" else "report")  # what is assumed refuses nothing
+            conclude(lab, method.run(lab))
         except Finding as stop:
             finding = str(stop)
     return Plan(steps=planned, assumptions=assumptions, finding=finding)

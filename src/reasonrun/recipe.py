@@ -65,6 +65,7 @@ class ResolvedRecipe:
     engine: Any
     launcher: Any
     trackers: tuple[Any, ...]
+    preflight: str
     seed: int
     evaluate: EvaluateSettings
     classes: Mapping[str, Any]

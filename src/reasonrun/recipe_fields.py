@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from reasonrun.recipe_errors import models_in
 from reasonrun.settings import Effect, Settings, setting
 
+_PREFLIGHT: Any = Literal["refuse", "report", "off"]
 _NAME_EFFECTS = {"launcher": Effect.OPERATIONAL}
 
 
@@ -99,6 +100,14 @@ def recipe_model(
         __base__=Settings,
         **sections,
         trackers=(tracker_type, setting((), Effect.OPERATIONAL, "Where metrics are exported to.")),
+        preflight=(
+            _PREFLIGHT,
+            setting(
+                "refuse",
+                Effect.OPERATIONAL,
+                "Look at a small sample of the base first; refuse stops where there is nothing to learn from.",
+            ),
+        ),
         seed=(int, setting(0, Effect.SEMANTIC, "Seed of the run: samples, batches, shuffles.", ge=0)),
         evaluate=(
             EvaluateSettings,

@@ -15,6 +15,7 @@ from reasonrun.lab import Lab
 from reasonrun.ledger.catalogue import run_identity
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
+from reasonrun.preflight import preflight
 from reasonrun.recipe import FieldChange, ResolvedRecipe, diff
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
@@ -136,6 +137,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     lab = Lab(context)
     method = recipe.classes["method"](recipe.method)
     try:
+        preflight(lab, method, recipe.preflight)
         last = method.run(lab)
         result = conclude(lab, last) if method.trains else measured(lab)
     except Finding as finding:

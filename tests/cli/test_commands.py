@@ -74,7 +74,7 @@ def test_status_reads_a_run_and_refuses_another_folder(finished):
 
 def test_plan_prints_steps_and_assumptions_and_refuses_unknown_ones(tmp_path):
     document = json.loads(reasonrun_cli(tmp_path, "plan", "smoke_star", *SMALL, "--json").stdout)
-    assert document["steps"][0]["step"] == "round-001/evaluate/greedy"
+    assert document["steps"][0]["step"] == "preflight/sample"
     assert list(tmp_path.iterdir()) == []
     wrong = reasonrun_cli(tmp_path, "plan", "smoke_star", "--assume", "acuracy=0.3")
     assert wrong.returncode == 2 and "accuracy (0.4)" in wrong.stderr

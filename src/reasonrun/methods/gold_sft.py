@@ -35,6 +35,9 @@ class GoldSFT(Method):
             SFTSettings(lr=1e-6, warmup_steps=100, batch_size=8), Effect.SEMANTIC, "Fine-tuning of every round."
         )
 
+    def preflight(self) -> None:
+        """Nothing: it learns from the references."""
+
     def run(self, lab: Lab) -> Checkpoint:
         policy = lab.base
         rows = lab.curate(gold_rows, lab.problems("train"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from reasonrun.contracts import Method
+from reasonrun.contracts import Method, Probe
 from reasonrun.curate.filtering import star_rows, unfiltered_rows
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
@@ -127,6 +127,9 @@ class STaR(Method):
             cap=config.cap_per_problem,
             hint_markers=lab.task.hint_markers,
         )
+
+    def preflight(self) -> Probe:
+        return Probe(style=self.config.style, sampling=self.sampling)
 
     @property
     def sampling(self) -> Sampling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from reasonrun.contracts import Method
+from reasonrun.contracts import Method, Probe
 from reasonrun.curate.locating import LocateSettings, locate
 from reasonrun.curate.pairs import Form, error_pairs, step_ends
 from reasonrun.records import Checkpoint, Sampling
@@ -141,6 +141,11 @@ class StepDPO(Method):
             if held_out is not None:
                 lab.evaluate_pairs(policy, held_out, reference=lab.base, beta=config.dpo.beta)
         return policy
+
+    def preflight(self) -> Probe:
+        """It learns from wrong answers to problems that the model can solve."""
+        sampling = self.sampling(self.config.collect)
+        return Probe(style=self.config.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
 
     def reference(self, lab: Lab, policy: Checkpoint) -> Checkpoint:
         """The frozen model of the round's loss."""

@@ -108,15 +108,23 @@ class Context:
     def open_step(self, name: str, fingerprint: dict[str, Any]) -> Committed | OpenStep:
         """The committed step of that name, or the open one to work on; raises RunConflict when they differ."""
         self.check_stop()
-        step = self.run_dir.step(name, fingerprint)
+        try:
+            step = self.run_dir.step(name, fingerprint)
+        except RunConflict as conflict:
+            conflict.message += self._changed_fields("which fits these changes of the recipe:")
+            raise
         if isinstance(step, OpenStep) and self.recipe_changes:
-            lines = "\n  ".join(self.recipe_changes[:10])
             raise RunConflict(
-                f"the recipe of {self.run_dir.path} changed, and step {name} would be the first to use it:\n  {lines}",
+                f"the recipe of {self.run_dir.path} changed, and step {name} would be the first to use it:"
+                + self._changed_fields(),
                 hint="revert the change; or start a new run with --run NEW; or, to make a committed step again with the"
                 " change, --redo STEP",
             )
         return step
+
+    def _changed_fields(self, heading: str = "") -> str:
+        lines = [f"\n  {line}" for line in self.recipe_changes[:10]]
+        return "".join([f"\n{heading}" if heading and lines else "", *lines])
 
     def record(self, committed: Committed, verb: str, *, new: bool) -> None:
         """Add the step's line to the metrics record; a new commit also writes it to disk."""

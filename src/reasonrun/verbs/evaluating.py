@@ -55,7 +55,7 @@ def evaluate(
     new = isinstance(step, OpenStep)
     if isinstance(step, OpenStep):
         with ctx.timed(name, "evaluate"):
-            tables = {key: _table(rows) for key, rows in graded.items()}
+            tables = {key: table_of(rows) for key, rows in graded.items()}
             step = step.commit({"split": split, "num_problems": len(problems), **tables})
     ctx.record(step, "evaluate", new=new)
     evaluation = Evaluation(policy=policy, split=split, step=name, metrics=step.result)
@@ -64,7 +64,8 @@ def evaluate(
     return evaluation
 
 
-def _table(graded: GradedSet) -> dict[str, Any]:
+def table_of(graded: GradedSet) -> dict[str, Any]:
+    """Accuracy, pass@k, maj@k and shares of what went wrong (``metrics.summarise``)."""
     return summarise([graded.of_problem(problem.id) for problem in graded.problems])
 
 
