@@ -64,7 +64,7 @@ def describe_page(run: RunRecord, page: RolloutPage) -> list[str]:
     else:
         lines = [f"no rollout matches, of {page.num_rollouts} rollouts in {steps}: {_listed(page.steps)}"]
         for name, count in page.num_left.items():
-            lines.append(f"  {name} leaves {count}{_what_there_is(name, page)}")
+            lines.append(f"  {name} leaves {count}{'' if count else _what_there_is(name, page)}")
             if not count:
                 break
     return lines + _notes(run, page)
