@@ -112,6 +112,17 @@ def samples(
     samples_command(run, filters, with_prompt=prompt, as_json=as_json)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the baseline.")],
+    as_json: Json = False,
+) -> None:
+    """Compare runs with the first: recipes, scores item by item, and what they cost."""
+    from reasonrun.cli.compare import compare_command
+
+    compare_command(runs, as_json=as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.")],
