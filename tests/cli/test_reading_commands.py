@@ -65,8 +65,9 @@ def test_compare_as_text_and_json(folder: Path) -> None:
     for part in pair["evaluations"]:
         line = next(row for row in done.stdout.splitlines() if row.startswith(f"{part['name']} {part['part']} "))
         assert f"{part['baseline']:.1%} -> {part['other']:.1%}" in line and line.endswith(part["verdict"])
+        assert f"  {part['num_improved']}/{part['num_worsened']}  " in line
         if part["part"] == "greedy":
-            assert f"{part['num_improved']} wrong->right, {part['num_worsened']} right->wrong" in line
+            assert f"  {part['mcnemar_p']:.3g}  " in line
             assert part["difference"] * part["num_items"] == pytest.approx(part["num_improved"] - part["num_worsened"])
     for run, name in zip(document["runs"], ("a", "b"), strict=True):
         results = json.loads((folder / name / "_OK.json").read_text())["content"]["result"]["test"]

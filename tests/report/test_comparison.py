@@ -58,7 +58,7 @@ def test_flips_by_hand() -> None:
 
 
 def test_items_are_paired_by_id_and_not_by_place() -> None:
-    a, b = part_of([1, 0, 0, 1]), part_of([1, 0, 0, 1])
+    a, b = part_of([1, 1, 0, 0]), part_of([1, 1, 0, 0])
     b = replace(b, items=dict(reversed(b.items.items())))
     found = compare_parts(a, b)
     assert (found.num_improved, found.num_worsened) == (0, 0) and found.difference.high == 0.0
@@ -80,7 +80,15 @@ def test_verdicts() -> None:
     assert said([1] * 30, [1] * 15 + [0] * 15) == "worse"
     assert said([1, 0], [1, 0]) == "not distinguishable: the same on every item"
     # One of four improves: mean 0.25, sd^2 = (1 - 4 / 16) / 3 = 0.25; n = 7.848880 * 0.25 / 0.0625 = 31.4
-    assert said([0, 0, 0, 0], [1, 0, 0, 0]) == "not distinguishable; about 32 items would tell (80 % power)"
+    assert said([0, 0, 0, 0], [1, 0, 0, 0]) == "not distinguishable; needs about 32 items"
+
+
+def test_an_interval_without_0_is_not_enough_when_the_exact_test_disagrees() -> None:
+    # 4 of 40 wrong -> right, none back: p = 2 / 2^4. sd^2 = (4 - 40 * 0.01) / 39, n = 7.848880 * 0.0923077 / 0.01 = 72.5
+    found = compare_parts(part_of([0] * 40), part_of([1] * 4 + [0] * 36))
+    assert found.difference.low > 0 and found.mcnemar_p == 0.125
+    assert verdict(found) == "not distinguishable; needs about 73 items"
+    assert verdict(compare_parts(part_of([0] * 40), part_of([1] * 6 + [0] * 34))) == "better"  # p = 2 / 2^6
 
 
 def test_unequal_evaluations_are_told_apart() -> None:

@@ -91,6 +91,14 @@ def test_what_is_unfinished_or_unlisted_is_said(handmade: Path, tmp_path: Path) 
     assert "1 committed steps that metrics.jsonl does not list" in describe_page(open_run(copy), page)[1]
 
 
+def test_a_listed_step_that_is_not_committed_any_more_is_not_read(handmade: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(handmade, copy)
+    (copy / "steps" / "round-002" / "sample" / "_OK.json").unlink()  # as between --redo and its new commit
+    assert ids(page_of(copy)) == ["key-aa11-0", "key-aa11-1", "key-aa22-0"]
+    assert open_run(copy).num_unfinished == 2
+
+
 def test_an_empty_result_names_the_filter_and_what_there_is(handmade: Path) -> None:
     text = describe_page(open_run(handmade), page_of(handmade, problem="aa22", min_tokens=2, max_tokens=2))
     assert text[:4] == [

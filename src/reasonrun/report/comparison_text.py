@@ -17,6 +17,12 @@ _COSTS = {
     "num_optimizer_steps": "optimizer steps",
     "seconds": "seconds",
 }
+_LEGEND = (
+    "difference: points, with a paired 95 % interval over items, each evaluation for itself;",
+    "up/down: items right more often and less often, with one sample wrong->right and right->wrong;",
+    "not distinguishable: the interval holds 0, or McNemar's exact p is not below 0.05;",
+    "needs: items that would tell such a difference with 80 % power, two-sided 5 %",
+)
 
 
 def describe_comparison(baseline: RunRecord, other: RunRecord, comparison: RunComparison) -> list[str]:
@@ -24,8 +30,8 @@ def describe_comparison(baseline: RunRecord, other: RunRecord, comparison: RunCo
     lines = [f"{baseline.path} -> {other.path}", "", "recipe"]
     lines += [f"  {change.path}: {_value(change.old)} -> {_value(change.new)}" for change in comparison.recipe]
     lines += [] if comparison.recipe else ["  no difference"]
-    lines += ["", "scores (difference in points, with its paired 95 % interval over items, each for itself)"]
-    header = ["", "items", "scores", "difference", "items that changed", "verdict"]
+    header = ["scores", "items", "share right", "difference", "up/down", "McNemar p", "verdict"]
+    lines += ["", *_LEGEND]
     lines += _aligned([header, *(_row(part) for part in comparison.parts)])
     lines += [
         f"only {run.path} ({run.state}) has: {', '.join(names)}"
@@ -47,16 +53,10 @@ def _row(part: PartComparison) -> list[str]:
         f"{part.num_items}{samples}",
         f"{part.baseline:.1%} -> {part.other:.1%}",
         f"{100 * change.difference:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
-        _flips(part),
+        f"{part.num_improved}/{part.num_worsened}",
+        "-" if part.mcnemar_p is None else f"{part.mcnemar_p:.3g}",
         verdict(part),
     ]
-
-
-def _flips(part: PartComparison) -> str:
-    if part.mcnemar_p is None:
-        return f"{part.num_improved} up, {part.num_worsened} down"
-    flips = f"{part.num_improved} wrong->right, {part.num_worsened} right->wrong"
-    return f"{flips}, McNemar p={part.mcnemar_p:.3g}"
 
 
 def verdict(part: PartComparison) -> str:
@@ -68,7 +68,7 @@ def verdict(part: PartComparison) -> str:
         return "not distinguishable: the same on every item" if same else "not distinguishable: the difference is 0"
     if part.items_needed is None:
         return "not distinguishable: one item has no spread"
-    return f"not distinguishable; about {part.items_needed:,} items would tell (80 % power)"
+    return f"not distinguishable; needs about {part.items_needed:,} items"
 
 
 def describe_costs(runs: Sequence[RunRecord], costs: Sequence[Cost]) -> list[str]:
