@@ -107,11 +107,15 @@ def write_handmade_run(path: Path) -> Path:
             ],
             {"num_rollouts": 3},
         )
+        continued = (
+            Segment(token_ids=(7,) * 20, src="model", loss=False),  # what it goes on from: not sampled here
+            Segment(token_ids=(1, 2, 3, 4), src="model", loss=True),
+        )
         commit(
             "round-002/sample",
             "sample",
             ["round-001/sample"],
-            [rollout("aa11", 0, "Answer: 7", 4, id="second", parent_id="key-aa11-1")],
+            [rollout("aa11", 0, "Answer: 7", 4, id="second", parent_id="key-aa11-1", segments=continued)],
             {"num_completion_tokens": 4},
         )
         run_dir.step("round-002/grade", {"verb": "grade", "inputs": ["round-002/sample"]})

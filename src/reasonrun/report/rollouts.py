@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from reasonrun.errors import RecipeError
 from reasonrun.ledger.catalogue import step_states
-from reasonrun.records import Problem, Rollout, Score
+from reasonrun.records import Problem, Rollout, Score, Segment
 from reasonrun.report.run_record import RunRecord, SampleStep, Scored
 from reasonrun.sets import Rows
 
@@ -68,7 +68,7 @@ class ScoredRollout:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.rollout.completion_ids)
+        return num_sampled_tokens(self.rollout.segments)
 
 
 @dataclass(kw_only=True)
@@ -181,7 +181,7 @@ def _has_verdict(columns: Sequence[tuple[list[float | None], list[str]]], verdic
 def _has_length(rollouts: Rows[Rollout], mask: Mask, filters: RolloutFilters, page: RolloutPage) -> Mask:
     rows = np.flatnonzero(mask)
     segments = rollouts.take(rows).column("segments") if len(rows) else []
-    lengths = np.array([sum(len(segment.token_ids) for segment in row) for row in segments], dtype=np.int64)
+    lengths = np.array([num_sampled_tokens(row) for row in segments], dtype=np.int64)
     if len(lengths):
         low, high = page.tokens_before or (int(lengths[0]), int(lengths[0]))
         page.tokens_before = min(low, int(lengths.min())), max(high, int(lengths.max()))
@@ -193,6 +193,11 @@ def _has_length(rollouts: Rows[Rollout], mask: Mask, filters: RolloutFilters, pa
         passes[rows] &= lengths <= filters.max_tokens
         _count(page, f"--max-tokens {filters.max_tokens}", passes)
     return passes
+
+
+def num_sampled_tokens(segments: Sequence[Segment]) -> int:
+    """Tokens that the policy wrote; a beginning that was given to it carries no loss and does not count."""
+    return sum(len(segment.token_ids) for segment in segments if segment.loss)
 
 
 def round_of(step: str) -> int | None:
