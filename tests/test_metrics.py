@@ -12,6 +12,7 @@ import pytest
 from reasonrun import metrics
 from reasonrun.metrics import (
     bootstrap_interval,
+    items_needed,
     maj_at_k,
     mcnemar_exact,
     mean_interval_over_seeds,
@@ -156,3 +157,29 @@ def test_summary_takes_graded_rollouts_and_refuses_gaps() -> None:
     assert summarise([[Graded(rollout=rollout, score=CORRECT)]]) == summarise([[CORRECT]])
     with pytest.raises(ValueError, match="at least one"):
         summarise([[CORRECT], []])
+
+
+def test_items_needed_by_hand() -> None:
+    # Ten differences: three of 1, one of -1, six of 0. Mean 0.2, sd^2 = (4 - 10 * 0.04) / 9 = 0.4;
+    # (1.959964 + 0.841621)^2 = 7.848880, times 0.4 / 0.04 is 78.49.
+    a, b = [0, 0, 0, 1, 0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    assert items_needed(a, b) == items_needed(b, a) == 79
+    # One-sided 2.5 % with an even chance leaves z_power = 0: 3.841459 * 10 = 38.4
+    assert items_needed(a, b, power=0.5) == 39
+
+
+def test_items_needed_is_unknown_where_no_number_would_do() -> None:
+    assert items_needed([0.0, 1.0], [1.0, 0.0]) is None
+    assert items_needed([0.0, 0.0, 0.3], [0.1, 0.2, 0.0]) is None  # 0.1 + 0.2 - 0.3 is 5.6e-17
+    assert items_needed([0.0], [1.0]) is None
+    with pytest.raises(ValueError, match="arms of 1 and 2"):
+        items_needed([0.0], [0.0, 1.0])
+
+
+def test_a_test_of_that_many_items_finds_the_difference_four_times_in_five() -> None:
+    a, b = np.zeros(10), np.array([1.0, 1, 1, -1, 0, 0, 0, 0, 0, 0])
+    needed = items_needed(a, b)
+    assert needed is not None
+    draws = np.random.default_rng(0).choice(b, size=(4_000, needed))
+    z = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(needed))
+    assert float((z > 1.959964).mean()) == pytest.approx(0.8, abs=0.03)

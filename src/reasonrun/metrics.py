@@ -17,6 +17,7 @@ from reasonrun.records import Graded, Score
 Floats = npt.NDArray[np.float64]
 
 NUM_RESAMPLES = 2_000
+ROUNDING = 1e-12  # a mean of shares that is nearer to 0 than this is 0
 _CHUNK_ELEMENTS = 4_000_000  # indices drawn at a time, 32 MB
 
 
@@ -144,6 +145,38 @@ def mcnemar_exact(num_only_a: int, num_only_b: int) -> float:
     total, fewer = num_only_a + num_only_b, min(num_only_a, num_only_b)
     tail = sum(math.comb(total, i) for i in range(fewer + 1))
     return min(1.0, 2 * tail / (1 << total))
+
+
+def items_needed(
+    a_P: Sequence[float] | Floats, b_P: Sequence[float] | Floats, *, power: float = 0.8, confidence: float = 0.95
+) -> int | None:
+    """About how many problems would tell a difference as large as the one between two arms.
+
+    ((z_{(1 + confidence) / 2} + z_power) * sd / |mean|)^2, rounded up: the paired z-test's sample size, with mean and
+    standard deviation (n - 1) of the differences ``b - a`` of the problems at hand. A rough figure, since it takes the
+    measured difference for the true one.
+
+    Args:
+        a_P: one value per problem of the first arm.
+        b_P: the same problems in the same order, second arm.
+        power: chance to find the difference if it is there.
+        confidence: of the two-sided interval that must not hold 0.
+
+    Returns:
+        The number; None when the mean difference is 0, which no number of problems tells, or the spread is unknown
+        because there is only one problem.
+
+    Raises:
+        ValueError: the arms have different numbers of problems.
+    """
+    a, b = np.asarray(a_P, dtype=np.float64), np.asarray(b_P, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"arms of {a.size} and {b.size} problems cannot be paired")
+    if a.size < 2 or abs(float((b - a).mean())) < ROUNDING:
+        return None
+    quantiles = NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(power)
+    effect = abs(float((b - a).mean())) / max(float((b - a).std(ddof=1)), ROUNDING)
+    return math.ceil((quantiles / effect) ** 2)
 
 
 def mean_interval_over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:

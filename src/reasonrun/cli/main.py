@@ -76,6 +76,53 @@ def status(
     status_command(run, as_json=as_json)
 
 
+@app.command()
+def samples(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    round_number: Annotated[int | None, typer.Option("--round", help="Only this round.", min=1)] = None,
+    step: Annotated[str | None, typer.Option("--step", help="Only this step, or names that begin so.")] = None,
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", help="correct, incorrect, ungraded, or a reason: wrong, no_answer, truncated …"),
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option("--min-tokens", help="Fewest tokens.", min=0)] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Most tokens.", min=0)] = None,
+    problem: Annotated[
+        str | None, typer.Option("--problem", help="Only the problem whose id begins so, through all rounds.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Rollouts to show at most.", min=1)] = 10,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Show the whole prompt too.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="Include evaluations.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model wrote and why it was scored so."""
+    from reasonrun.cli.samples import samples_command
+    from reasonrun.report.rollouts import RolloutFilters
+
+    filters = RolloutFilters(
+        round=round_number,
+        step=step,
+        verdict=verdict,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        problem=problem,
+        evaluation=evaluation,
+        limit=limit,
+    )
+    samples_command(run, filters, with_prompt=prompt, as_json=as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the baseline.")],
+    as_json: Json = False,
+) -> None:
+    """Compare runs with the first: recipes, scores item by item, and what they cost."""
+    from reasonrun.cli.compare import compare_command
+
+    compare_command(runs, as_json=as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.")],
@@ -134,8 +181,8 @@ def version() -> None:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of ``--json``."""
-    typer.echo(json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True))
+    """The one JSON document of ``--json``; ASCII, so that no text in it can steer the terminal that shows it."""
+    typer.echo(json.dumps(document, ensure_ascii=True, indent=2, sort_keys=True))
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import typer
 
 from reasonrun.cli.main import print_json
-from reasonrun.cli.train import read_lines
-from reasonrun.errors import RecipeError
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
+from reasonrun.report.run_record import attempt_notes, check_is_run, read_lines
 
 
 def status_command(run: Path | None, *, as_json: bool) -> None:
@@ -36,19 +35,15 @@ def status_command(run: Path | None, *, as_json: bool) -> None:
 
 def read_run(run: Path) -> dict[str, Any]:
     """What the files of a run say. Raises RecipeError when the folder is no run."""
-    if not (run / "run.json").is_file():
-        raise RecipeError(
-            f"{run} is not a run directory: it has no run.json", hint="list the runs with: reasonrun status"
-        )
+    check_is_run(run)
     rows = read_lines(run / "metrics.jsonl")
     done = run / "_OK.json"
-    notes = [note for path in sorted(run.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]
     return {
         "state": "finished" if done.exists() else "unfinished",
         "num_attempts": len(list(run.glob("attempts/*"))),
         "num_steps": len(rows),
         "steps": rows,
-        "seconds": seconds_by_step(notes),
+        "seconds": seconds_by_step(attempt_notes(run)),
         "result": json.loads(done.read_text())["content"]["result"] if done.exists() else None,
     }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -14,6 +12,7 @@ from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
+from reasonrun.report.run_record import attempt_notes, read_lines
 from reasonrun.running import Outcome, RunOptions, run, run_directory
 from reasonrun.workers.signals import StopFlag
 
@@ -63,9 +62,7 @@ def show(outcome: Outcome) -> None:
     if outcome.already_finished:
         typer.echo(f"{directory} is finished; nothing to do")
     rows = read_lines(directory / "metrics.jsonl")
-    seconds = seconds_by_step(
-        note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path)
-    )
+    seconds = seconds_by_step(attempt_notes(directory))
     typer.echo("")
     for line in format_table(round_table(rows, seconds)):
         typer.echo(line)
@@ -76,11 +73,3 @@ def show(outcome: Outcome) -> None:
     model = directory / "steps" / last / "model" if last != "base" else "the base model"
     typer.echo(f"model: {model}")
     typer.echo(f"run:   {directory} (metrics.jsonl, steps/)")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; empty when there is none. A torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
