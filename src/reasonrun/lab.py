@@ -287,6 +287,7 @@ class Lab:
                 n=num_samples,
                 style=probe.style,
                 sampling=probe.sampling,
+                seed_parts=("evaluate", self._context.recipe.evaluate.seed, "preflight"),
             )
             return look(self._context, self._claim("look"), self.grade(tried))
 

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("other", "task.num_test=5"),
         ("stopped", "engine.unit_rows=16", "engine.fail_at_unit=2"),
     ):
-        reasonrun_cli(folder, "train", "smoke_star", *SMALL, *overrides, "--run", name)
+        reasonrun_cli(folder, "train", "smoke_star", *SMALL, "preflight=off", *overrides, "--run", name)
     return folder
 
 

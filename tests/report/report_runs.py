@@ -15,7 +15,7 @@ from reasonrun.records import Message, Problem, Record, Rollout, Sampling, Score
 from reasonrun.running import RunOptions, run
 
 MakeRun = Callable[..., Path]
-SMALL = ("task.num_train=12", "task.num_dev=6", "task.num_test=20", "method.rounds=2")
+SMALL = ("task.num_train=12", "task.num_dev=6", "task.num_test=20", "method.rounds=2", "preflight=off")
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07Answer:\x9b31m 7\u202e8\r\x00\n\tend"
 
