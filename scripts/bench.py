@@ -84,6 +84,7 @@ def growth(sizes: list[int]) -> dict[str, Any]:
 MEASURES = {
     "P2": lambda: script("bench_generation.py", str(TINY)),
     "P3": lambda: script("bench_training.py"),
+    "P3-pairs": lambda: script("bench_pairs.py"),
     "P4": lambda: script("bench_overhead.py", "share"),
     "P5": start_up,
     "P6": lambda: growth([1_000, 10_000, 100_000, 1_000_000]),
