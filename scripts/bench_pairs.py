@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_training import random_model
 
+from bench_training import random_model
 from reasonrun.columns import to_arrow_rows
 from reasonrun.records import Checkpoint, PreferenceExample
 from reasonrun.trainers.preference import Preference

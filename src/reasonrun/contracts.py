@@ -37,7 +37,8 @@ class Probe:
 class Method(ABC):
     """A self-training method: one class, whose ``run`` reads like the paper's pseudo-code.
 
-    ``requires`` names the styles and capabilities that the task must offer; ``check`` refuses a pair that lacks one.
+    ``requires`` names the styles and capabilities that the task must offer whatever the settings; ``needs`` adds those
+    that the settings ask for. ``check`` refuses a pair that lacks one.
     """
 
     Settings: ClassVar[type[Settings]]
@@ -50,6 +51,10 @@ class Method(ABC):
     @abstractmethod
     def run(self, lab: Lab) -> Checkpoint:
         """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""
+
+    def needs(self) -> frozenset[str]:
+        """The styles and capabilities of a task that these settings ask for."""
+        return self.requires
 
     def preflight(self) -> Probe | None:
         """What to look at before the run; None for a method that does not learn from its own samples."""

@@ -238,12 +238,21 @@ def _check_pair(composition: Composition, classes: Mapping[str, Any], data: Mapp
 
 
 def _construct(composition: Composition, classes: Mapping[str, Any], valid: Any) -> None:
-    """Build task and method once: their constructors know which settings exclude each other."""
+    """Build task and method once: their constructors know which settings exclude each other, and the method what its
+    settings need of the task."""
+    built: dict[str, Any] = {}
     for section in ("task", "method"):
         try:
-            classes[section](getattr(valid, section))
+            built[section] = classes[section](getattr(valid, section))
         except RecipeError as error:
             composition.report((section,), f"{error.message} ({error.hint})" if error.hint else error.message)
+    if len(built) < 2:
+        return
+    offered = built["task"].styles | built["task"].capabilities
+    lacking = sorted(built["method"].needs() - offered)
+    if lacking:
+        message = f"with these settings it needs {', '.join(lacking)}, which the task {valid.task.name} does not offer"
+        composition.report(("method",), message, allowed=tuple(sorted(offered)))
 
 
 def _slug(composition: Composition, fields: Mapping[str, RecipeField]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
 from reasonrun.curate.locating import LocateSettings, locate
@@ -79,6 +79,7 @@ class StepDPO(Method):
     Wrong solutions that the model cannot repair (no continuation from scratch is right) give no pair.
     """
 
+    requires: ClassVar[frozenset[str]] = frozenset()
     trains = ("preference",)
 
     class Settings(SettingsBase):
@@ -141,6 +142,16 @@ class StepDPO(Method):
             if held_out is not None:
                 lab.evaluate_pairs(policy, held_out, reference=lab.base, beta=config.dpo.beta)
         return policy
+
+    def needs(self) -> frozenset[str]:
+        """The prompt style, and what locator and arm ask of the task."""
+        config = self.config
+        asked = {
+            "segment": config.localize.steps == "task",
+            "first_error": config.localize.kind == "programmatic",
+            "solution": config.arm == "step_dpo_teacher",
+        }
+        return frozenset({config.style, *(capability for capability, is_asked in asked.items() if is_asked)})
 
     def preflight(self) -> Probe:
         """It learns from wrong answers to problems that the model can solve."""
