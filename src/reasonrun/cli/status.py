@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from reasonrun.cli.main import print_json
-from reasonrun.cli.train import read_lines
 from reasonrun.errors import RecipeError
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 
 

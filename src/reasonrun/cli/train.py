@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
@@ -76,11 +75,3 @@ def show(outcome: Outcome) -> None:
     model = directory / "steps" / last / "model" if last != "base" else "the base model"
     typer.echo(f"model: {model}")
     typer.echo(f"run:   {directory} (metrics.jsonl, steps/)")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; empty when there is none. A torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
 
-NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+NO_LINKS = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+)
 """Answers of a disk that makes no hard link where a copy may still succeed."""
 
 
