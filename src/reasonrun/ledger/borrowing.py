@@ -56,15 +56,23 @@ class Donors:
         """
         for path in self._under_same_conditions(str(fingerprint.get("verb"))):
             try:
-                other = _committed(path, step.name, self._files)
-                if other is None or other.fingerprint_digest != digest(fingerprint):
+                other = self._equal_step(path, step.name, fingerprint)
+                if other is None:
                     continue
-                if self._reads_the_same(path, fingerprint.get("inputs", [])):
-                    take(path)
-                    return step.borrow(other)
+                take(path)
+                step.borrow(other)
             except RunFailed as error:
                 refuse(f"not taken from {path}: {error.message}")
+                continue
+            self._files.point("borrow.before_commit")
+            return step.commit(other.result)
         return None
+
+    def _equal_step(self, path: Path, name: str, fingerprint: Mapping[str, Any]) -> Committed | None:
+        other = _committed(path, name, self._files)
+        if other is None or other.fingerprint_digest != digest(fingerprint):
+            return None
+        return other if self._reads_the_same(path, fingerprint.get("inputs", [])) else None
 
     def _under_same_conditions(self, verb: str) -> list[Path]:
         """A digest that an attempt did not record equals nothing: older runs lend nothing."""

@@ -256,8 +256,8 @@ class OpenStep:
         tidy(self.path, self._files)
         return Committed(self.name, self.path, seal, self._files)
 
-    def borrow(self, other: Committed) -> Committed:
-        """Commit this step with the files of ``other``, which another run made from the same fingerprint.
+    def borrow(self, other: Committed) -> None:
+        """Take the files of ``other``, which another run made from the same fingerprint; to be committed with its result.
 
         Raises:
             RunFailed: a file is missing or damaged; the step is still open and is to be made here.
@@ -269,9 +269,7 @@ class OpenStep:
             if self._files.link(other.path / name, self.path / name) != entry:
                 raise RunFailed(f"Committed data is damaged: {other.path / name} does not match its SHA-256.")
             self._files.point("borrow.after_link")
-        self._files.point("borrow.before_commit")
         self._entries |= entries
-        return self.commit(other.result)
 
     def _stale(self) -> list[Path]:
         """Files that an earlier attempt left and this one did not make again."""

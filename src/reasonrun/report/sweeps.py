@@ -10,6 +10,7 @@ from reasonrun.metrics import mean_interval_over_seeds
 
 PARTS = ("greedy", "sampled")
 INDISTINGUISHABLE = "not distinguishable"
+_ROUNDING = 1e-12  # differences below are those of adding in another order
 
 Summary = Mapping[str, Any]
 
@@ -67,9 +68,10 @@ class Comparison:
         low, high = self.difference.low, self.difference.high
         if low is None or high is None:
             return "one seed: no interval"
-        if low <= 0 <= high:
+        if low <= _ROUNDING and high >= -_ROUNDING:
             return INDISTINGUISHABLE
-        return "higher" if low > 0 else "lower"
+        which = "higher" if low > 0 else "lower"
+        return which if high - low > _ROUNDING else f"{which}, by the same in every seed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ def _percent(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return "-"
     text = f"{100 * estimate.mean:{sign}.1f}"
-    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
+    if estimate.low is None or estimate.high is None or estimate.high - estimate.low <= _ROUNDING:
         return text
     return f"{text} [{100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f}]"
 
