@@ -77,11 +77,11 @@ class Donors:
     def _under_same_conditions(self, verb: str) -> list[Path]:
         """A digest that an attempt did not record equals nothing: older runs lend nothing."""
         wanted = _condition(self._conditions, verb)
-        return [
-            path
+        theirs = {
+            path: {_condition(attempt.get(CONDITIONS, {}), verb) for attempt in attempts}
             for path, attempts in self._attempts.items()
-            if attempts and all(_condition(attempt.get(CONDITIONS, {}), verb) == wanted for attempt in attempts)
-        ]
+        }
+        return [path for path, found in theirs.items() if wanted is not None and found == {wanted}]
 
     def _reads_the_same(self, path: Path, inputs: Iterable[str]) -> bool:
         waiting, seen = list(inputs), set[str]()

@@ -1,0 +1,375 @@
+"""Sweeps on the scripted engine: what is expanded, shared, skipped, survived and recorded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reasonrun
+from reasonrun import conditions
+from reasonrun.cli.progress import SilentProgress
+from reasonrun.engines.scripted import Scripted
+from reasonrun.errors import RecipeError, RunFailed, Stopped
+from reasonrun.ledger.catalogue import read_lines
+from reasonrun.recipe import load
+from reasonrun.recipe_sweep import values
+from reasonrun.running import RunOptions, run
+from reasonrun.sweeping import (
+    SweepOptions,
+    expand,
+    run_sweep,
+    sweep_directory,
+    sweep_exit_code,
+)
+from test_running import content
+
+SMALL = ["task.num_train=10", "task.num_dev=5", "task.num_test=5", "method.rounds=1", "evaluate.num_samples=2"]
+NEVER_RIGHT = ["engine.spread=0", "engine.gain=0"]
+
+
+class Lines(SilentProgress):
+    """What a person would have read."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def sweep(out, *overrides, recipes="smoke_star", interrupted=lambda: 0):
+    progress = Lines()
+    options = SweepOptions(out=out, interrupted=interrupted)
+    return list(run_sweep(expand(recipes, [*SMALL, *overrides]), options, progress)), progress.lines
+
+
+def alone(directory, *overrides, recipe="smoke_star", donors=()):
+    options = RunOptions(directory=directory, donors=tuple(donors))
+    return run(load(recipe, [*SMALL, *overrides]), options, SilentProgress())
+
+
+def notes(directory):
+    return [note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]
+
+
+def made(directory):
+    """Verbs of the steps that the run worked on itself, without those that are taken over."""
+    return [note["verb"] for note in notes(directory) if "verb" in note]
+
+
+def borrowed(directory):
+    return {note["step"] for note in notes(directory) if "borrowed_from" in note}
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("donor") / "run"
+    alone(directory)
+    return directory
+
+
+# -- expansion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=1,2", ["a=1", "a=2"]),
+        ("a=x", ["a=x"]),
+        ("a=[1,2]", ["a=[1,2]"]),
+        ("a=[1,2],[3]", ["a=[1,2]", "a=[3]"]),
+        ("a='x,y'", ["a='x,y'"]),
+        ("a='x,y',z", ["a='x,y'", "a=z"]),
+        ("a={x:1,y:2}", ["a={x:1,y:2}"]),
+        ("a=range(0,3)", ["a=0", "a=1", "a=2"]),
+        ("++a=1,2", ["a=1", "a=2"]),
+        ("no equals sign, at all", ["no equals sign, at all"]),
+        ("a=b=c,d", ["a=b=c,d"]),  # not Hydra's grammar: one plain text, as everywhere
+    ],
+)
+def test_values_follow_the_grammar_of_overrides(text, expected):
+    assert list(values(text)) == expected
+
+
+def test_every_arm_comes_with_the_first_seed_before_any_with_the_next():
+    runs = expand("smoke_star", ["method.num_samples=1,2", "seed=5,3", "method.rounds=1"])
+    assert [one.name for one in runs] == [
+        f"smoke_star-method.num_samples={n},method.rounds=1,seed={seed}" for seed in (5, 3) for n in (1, 2)
+    ]
+    assert [one.recipe.method.num_samples for one in runs] == [1, 2, 1, 2]
+    assert [one.arm for one in runs[:2]] == ["smoke_star method.num_samples=1", "smoke_star method.num_samples=2"]
+    assert runs[0].differences == {"method.num_samples": 1, "seed": 5}  # what all have in common is not in it
+
+
+def test_arms_may_be_recipes_and_keep_their_own_values():
+    runs = expand("star_arith,star_arith_no_filter", ["seed=0,1"])
+    assert [(one.arm, one.recipe.seed) for one in runs] == [
+        ("star_arith", 0),
+        ("star_arith_no_filter", 0),
+        ("star_arith", 1),
+        ("star_arith_no_filter", 1),
+    ]
+    assert [one.differences["method.keep"] for one in runs[:2]] == ["correct", "any"]
+
+
+def test_all_mistakes_of_all_runs_are_told_at_once_and_nothing_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as mistakes:
+        expand("smoke_star,smoke_sta", ["method.num_samples=0,1,x", "seed=0,-1", "task.num_trian=1,2"])
+    text = str(mistakes.value)
+    for part in ("method.num_samples=0", "method.num_samples=x", "seed=-1", "task.num_trian=2", "smoke_sta'"):
+        assert part in text
+    assert text.count("method.num_samples=x") == 1  # once, although four of the combinations have it
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overrides", [["seed=0,0"], ["seed=0,1", "seed=2"], ["engine.unit_rows=8,16"]])
+def test_two_runs_that_would_be_one_are_refused(overrides):
+    with pytest.raises(RecipeError, match="same experiment"):
+        expand("smoke_star", overrides)
+
+
+def test_the_default_folder_depends_on_the_arms_alone():
+    def folder(*overrides):
+        return sweep_directory(expand("smoke_star", overrides))
+
+    first = folder("method.rounds=1,2", "seed=0")
+    assert first.parent == Path("runs") and first.name.startswith("sweep-smoke_star-")
+    assert folder("method.rounds=1,2", "seed=0,1,2") == folder("method.rounds=1,2", "engine.unit_rows=8") == first
+    assert folder("method.rounds=1,3") != first
+
+
+# -- sharing -------------------------------------------------------------------------------------------------------
+
+
+def test_arms_that_differ_in_training_share_all_that_comes_before_and_have_the_bytes_of_runs_alone(
+    tmp_path, monkeypatch
+):
+    calls = []
+    generate = Scripted.generate
+
+    def counted(self, requests):
+        calls.extend(request.key for request in requests)
+        return generate(self, requests)
+
+    monkeypatch.setattr(Scripted, "generate", counted)
+    summaries, lines = sweep(tmp_path / "out", "method.sft.lr=1e-6,1e-5", "seed=0,1")
+    first, second, third, fourth = (tmp_path / "out" / summary["run"] for summary in summaries)
+    assert len(calls) == len(set(calls))  # nothing was sampled twice in four runs
+    assert borrowed(first) == set()
+    before = ["round-001/evaluate", "round-001/sample", "round-001/grade-hinted", "round-001/star_rows"]
+    for one in (second, fourth):
+        assert {*before, "final-trainings=1/test-base"} <= borrowed(one)
+        assert next(verb for verb in made(one)) == "train"  # and what depends on it follows
+    assert "round-001/sample" not in borrowed(third)  # another seed
+    assert "round-001/evaluate/greedy" in borrowed(third)  # evaluation seeds name no run
+    assert summaries[1]["num_borrowed_steps"] == len(borrowed(second)) > len(made(second))
+    assert f"round-001/sample: taken from {first}" in lines
+    monkeypatch.undo()
+    for one in expand("smoke_star", [*SMALL, "method.sft.lr=1e-6,1e-5", "seed=0,1"]):
+        alone(tmp_path / "alone" / one.name, *one.overrides)
+        assert content(tmp_path / "out" / one.name) == content(tmp_path / "alone" / one.name)
+
+
+@pytest.mark.parametrize("override", ["engine.accuracy=0.5", "launcher.devices=cpu", "model.dtype=float32"])
+def test_another_engine_or_arithmetic_shares_nothing(override, donor, tmp_path):
+    """Fingerprints hold neither: the first sample step of both runs has the same one."""
+    alone(tmp_path / "run", override, donors=[donor])
+    step = "steps/round-001/evaluate/greedy/step.json"
+    assert (tmp_path / "run" / step).read_bytes() == (donor / step).read_bytes()
+    assert borrowed(tmp_path / "run") == set()
+
+
+def test_other_arithmetic_of_the_trainer_shares_all_but_training(donor, tmp_path):
+    alone(tmp_path / "run", "method.sft.dtype=bfloat16", donors=[donor])
+    step = "steps/round-001/train/step.json"
+    assert (tmp_path / "run" / step).read_bytes() == (donor / step).read_bytes()
+    assert {"round-001/sample", "round-001/grade"} <= borrowed(tmp_path / "run")
+    assert "round-001/train" not in borrowed(tmp_path / "run")
+
+
+def test_a_step_that_keeps_its_optimizer_is_another_one(donor, tmp_path):
+    alone(tmp_path / "run", "method.carry_optimizer=true", donors=[donor])
+    assert "round-001/star_rows" in borrowed(tmp_path / "run")
+    assert "round-001/train" not in borrowed(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "shared"), [("metrics", set()), ("curate/filtering.py", set()), ("method", {"problems", "sample"})]
+)
+def test_other_code_shares_only_what_it_cannot_touch(changed, shared, donor, tmp_path, monkeypatch):
+    digests = conditions.code_digests
+    monkeypatch.setattr(conditions, "code_digests", lambda method: {**digests(method), changed: "other"})
+    alone(tmp_path / "run", donors=[donor])
+    names = borrowed(tmp_path / "run")
+    assert bool(names) == bool(shared)
+    assert "round-001/star_rows" not in names
+    if shared:
+        assert {"problems/train", "round-001/sample", "round-001/train"} <= names
+
+
+def test_other_versions_share_nothing(donor, tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "versions", lambda: {"torch": "other"})
+    alone(tmp_path / "run", donors=[donor])
+    assert borrowed(tmp_path / "run") == set()
+
+
+def test_a_damaged_step_of_a_sibling_is_made_here_and_the_line_says_why(tmp_path):
+    alone(tmp_path / "clean", "method.sft.lr=1e-5")
+    alone(tmp_path / "out" / "sibling")
+    rows = tmp_path / "out" / "sibling" / "steps" / "round-001" / "sample" / "rows-00000.parquet"
+    data = rows.read_bytes()
+    rows.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+    summaries, lines = sweep(tmp_path / "out", "method.sft.lr=1e-5")
+    directory = tmp_path / "out" / summaries[0]["run"]
+    assert any(line.startswith("round-001/sample: not taken from") and "SHA-256" in line for line in lines)
+    assert "round-001/evaluate/greedy" in borrowed(directory) and "sample" in made(directory)
+    assert content(directory) == content(tmp_path / "clean")
+
+
+# -- going on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [3, 20])
+def test_a_stopped_sweep_goes_on_skips_what_is_finished_and_ends_with_the_same_bytes(after, tmp_path):
+    calls = []
+    sweep(tmp_path / "first", "seed=0", interrupted=lambda: calls.append(0) or 0)
+    num_calls = iter(range(10_000))
+    with pytest.raises(Stopped) as stop:
+        sweep(tmp_path / "out", "seed=0,1", interrupted=lambda: 75 * (next(num_calls) > len(calls) + after))
+    assert stop.value.exit_code == 75 and "same command continues" in str(stop.value)
+    done = [path.stem for path in (tmp_path / "out" / "summaries").glob("*.json")]
+    assert len(done) == 1  # written at once, not at the end
+    summaries, lines = sweep(tmp_path / "out", "seed=0,1")
+    assert [one["exit_code"] for one in summaries] == [0, 0]
+    assert [line.rsplit(": ", 1)[1] for line in lines if line.startswith("[") and ": " in line] == [
+        "finished before",
+        "done",
+    ]
+    for seed, one in enumerate(summaries):
+        alone(tmp_path / str(seed), f"seed={seed}")
+        assert content(tmp_path / "out" / one["run"]) == content(tmp_path / str(seed))
+
+
+def test_a_stop_between_two_runs_leaves_the_next_one_alone(tmp_path):
+    flag = [0]
+    runs = expand("smoke_star", [*SMALL, "seed=0,1"])
+    summaries = run_sweep(runs, SweepOptions(out=tmp_path, interrupted=lambda: flag[0]), Lines())
+    next(summaries)
+    flag[0] = 130
+    with pytest.raises(Stopped) as stop:
+        next(summaries)
+    assert stop.value.exit_code == 130
+    assert not (tmp_path / runs[1].name).exists()
+
+
+def test_a_finding_ends_one_run_and_is_recorded_with_its_counts(tmp_path):
+    for _ in range(2):
+        summaries, lines = sweep(tmp_path, "engine.accuracy=0,0.4", *NEVER_RIGHT)
+        assert [one["exit_code"] for one in summaries] == [5, 0]
+        assert sweep_exit_code(summaries) == 5
+        assert summaries[0]["evidence"]["wrong"] > 0 and "nothing to learn from" in summaries[0]["message"]
+        assert summaries[0]["dev"][0]["greedy"] == 0.0  # what was measured before is kept
+        assert any("finding: " in line for line in lines)
+    stored = [json.loads(path.read_text()) for path in sorted((tmp_path / "summaries").glob("*.json"))]
+    assert stored == sorted(summaries, key=lambda one: one["run"])
+
+
+@pytest.mark.parametrize("error", [RunFailed("the disk is gone"), TypeError("a bug")])
+def test_a_failure_or_a_bug_ends_one_run_and_the_next_command_tries_again(error, tmp_path, monkeypatch):
+    generate = Scripted.generate
+
+    def failing(self, requests):
+        if self.settings.accuracy == 0.3:
+            raise error
+        return generate(self, requests)
+
+    monkeypatch.setattr(Scripted, "generate", failing)
+    summaries, _ = sweep(tmp_path, "engine.accuracy=0.3,0.4")
+    assert [one["exit_code"] for one in summaries] == [1, 0]
+    assert str(error) in summaries[0]["message"] and sweep_exit_code(summaries) == 1
+    assert ("Traceback" in summaries[0]["message"]) == isinstance(error, TypeError)
+    monkeypatch.undo()
+    summaries, _ = sweep(tmp_path, "engine.accuracy=0.3,0.4")
+    assert [one["exit_code"] for one in summaries] == [0, 0]
+
+
+def test_a_failure_outweighs_a_finding():
+    codes = [[0, 0], [0, 5], [5, 1, 0], [4, 0], [3, 5]]
+    assert [sweep_exit_code([{"exit_code": code} for code in each]) for each in codes] == [0, 5, 1, 1, 1]
+
+
+def test_a_summary_has_the_numbers_of_its_run(tmp_path):
+    (one,), _ = sweep(tmp_path, "method.rounds=2")
+    rows = read_lines(tmp_path / one["run"] / "metrics.jsonl")
+    assert one["num_optimizer_steps"] == 40 + 48  # 40 * 1.2
+    assert one["num_generated_tokens"] == sum(row.get("num_completion_tokens", 0) for row in rows)
+    assert [dev["step"] for dev in one["dev"]] == [
+        "round-001/evaluate",
+        "round-002/evaluate",
+        "final-trainings=2/evaluate",
+    ]
+    seal = json.loads((tmp_path / one["run"] / "_OK.json").read_text())
+    assert one["test"] == seal["content"]["result"]["test"] and set(one["test"]) == {"base", "last", "best"}
+    assert one["train_metrics"] == {"loss": 1.0}  # what the scripted trainer says of a start from the base
+    assert one["command"].split() == [
+        *["reasonrun", "train", "smoke_star", *SMALL, "method.rounds=2"],
+        *["--run", str(tmp_path / one["run"])],
+    ]
+    assert one["seconds"] > 0
+
+
+def test_train_continues_a_run_of_a_sweep(tmp_path):
+    (one,), _ = sweep(tmp_path)
+    assert alone(tmp_path / one["run"]).already_finished
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "reasonrun.cli.main", "sweep", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(reasonrun.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_the_command_stops_with_75_goes_on_and_prints_one_document(tmp_path):
+    arms = ["smoke_star", *SMALL, "method.num_samples=1,2", "--out", "mine"]
+    process = start(tmp_path, *arms, "engine.seconds_per_unit=2")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("mine/*/run.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75 and "continues this run: reasonrun sweep smoke_star" in err and "Traceback" not in err
+    code, out, _ = finish(start(tmp_path, *arms, "--json"))
+    document = json.loads(out)
+    assert code == document["exit_code"] == 0
+    assert [arm["name"] for arm in document["arms"]] == [f"smoke_star method.num_samples={n}" for n in (1, 2)]
+    assert document["comparisons"][0]["difference"]["low"] is None
+    code, out, _ = finish(start(tmp_path, "--table", "--out", "mine"))
+    assert code == 0 and "one seed, so there are no intervals" in out and "method.num_samples=2" in out
+
+
+def test_the_command_ends_with_5_after_a_finding_and_with_2_before_anything_for_a_mistake(tmp_path):
+    arms = ["smoke_star", *SMALL, *NEVER_RIGHT, "--out", "mine"]
+    code, out, err = finish(start(tmp_path, *arms, "engine.accuracy=0,0.4", "--markdown"))
+    assert code == 5 and "finding: " in err
+    assert "| smoke_star engine.accuracy=0 | 0, 1 finding |" in out
+    code, _, err = finish(start(tmp_path, "--table"))
+    assert code == 2 and "no recipe is named" in err
