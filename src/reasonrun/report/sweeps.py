@@ -154,7 +154,7 @@ def _paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[flo
 
 def format_text(table: SweepTable) -> list[str]:
     """For a terminal: aligned columns, then the comparisons."""
-    body = [_header(table), *(_cells(arm, table.common_metrics) for arm in table.arms)]
+    body = [_header(table), *(_cells(arm, table) for arm in table.arms)]
     widths = [max(len(row[column]) for row in body) for column in range(len(body[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
     return [*lines, "", *_comparison_lines(table), *_notes(table)]
@@ -163,7 +163,7 @@ def format_text(table: SweepTable) -> list[str]:
 def format_markdown(table: SweepTable) -> list[str]:
     """For a page: the same table and lines in Markdown."""
     header = _header(table)
-    rows = [header, ["---"] * len(header), *(_cells(arm, table.common_metrics) for arm in table.arms)]
+    rows = [header, ["---"] * len(header), *(_cells(arm, table) for arm in table.arms)]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     comparisons = [f"- {line}" for line in _comparison_lines(table)]
     return [*lines, "", *comparisons, *([""] if comparisons else []), *_notes(table)]
@@ -178,13 +178,14 @@ def _parts(table: SweepTable) -> list[str]:
     return [part for part in PARTS if any(arm.scores[part].last for arm in table.arms)]
 
 
-def _cells(arm: Arm, metrics: Sequence[str]) -> list[str]:
+def _cells(arm: Arm, table: SweepTable) -> list[str]:
     ended = [(arm.num_findings, "finding"), (arm.num_failed, "failed")]
     counts = [str(len(arm.seeds)), *(f"{count} {what}" for count, what in ended if count)]
     cells = [arm.name, ", ".join(counts)]
-    for scores in arm.scores.values():
+    for scores in (arm.scores[part] for part in _parts(table)):
         cells += [_percent(scores.base), _percent(scores.last), _percent(scores.gain, sign="+")]
-    return [*cells, *(f"{arm.train_metrics[key].mean:.4g}" if key in arm.train_metrics else "-" for key in metrics)]
+    metrics = [arm.train_metrics.get(key) for key in table.common_metrics]
+    return [*cells, *("-" if metric is None else f"{metric.mean:.4g}" for metric in metrics)]
 
 
 def _percent(estimate: Estimate | None, sign: str = "") -> str:
