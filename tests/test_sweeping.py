@@ -291,6 +291,14 @@ def test_a_finding_ends_one_run_and_is_recorded_with_its_counts(tmp_path):
     assert stored == sorted(summaries, key=lambda one: one["run"])
 
 
+def test_a_run_that_borrows_all_it_needs_for_its_finding_has_its_numbers_too(tmp_path):
+    summaries, _ = sweep(tmp_path, "engine.accuracy=0", *NEVER_RIGHT, "method.sft.lr=1e-6,1e-5")
+    first, second = (tmp_path / one["run"] for one in summaries)
+    assert made(second) == [] and len(borrowed(second)) > 5
+    assert (second / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
+    assert summaries[1]["dev"] == summaries[0]["dev"] != []
+
+
 @pytest.mark.parametrize("error", [RunFailed("the disk is gone"), TypeError("a bug")])
 def test_a_failure_or_a_bug_ends_one_run_and_the_next_command_tries_again(error, tmp_path, monkeypatch):
     generate = Scripted.generate
