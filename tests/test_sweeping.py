@@ -1,63 +1,17 @@
-"""Sweeps on the scripted engine: what is expanded, shared, skipped, survived and recorded."""
+"""Sweeps on the scripted engine: what is expanded, skipped, survived and recorded."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from reasonrun import conditions
-from reasonrun.cli.progress import SilentProgress
 from reasonrun.engines.scripted import Scripted
 from reasonrun.errors import RecipeError, RunFailed, Stopped
 from reasonrun.ledger.catalogue import read_lines
-from reasonrun.recipe import load
 from reasonrun.recipe_sweep import values
-from reasonrun.running import RunOptions, run
-from reasonrun.sweeping import (
-    SweepOptions,
-    expand,
-    run_sweep,
-    sweep_directory,
-    sweep_exit_code,
-)
+from reasonrun.sweeping import SweepOptions, expand, run_sweep, sweep_directory, sweep_exit_code
+from sweep_runs import NEVER_RIGHT, SMALL, Lines, alone, borrowed, made, sweep
 from test_running import content
-
-SMALL = ["task.num_train=10", "task.num_dev=5", "task.num_test=5", "method.rounds=1", "evaluate.num_samples=2"]
-NEVER_RIGHT = ["engine.spread=0", "engine.gain=0"]
-
-
-class Lines(SilentProgress):
-    """What a person would have read."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-
-def sweep(out, *overrides, recipes="smoke_star", interrupted=lambda: 0):
-    progress = Lines()
-    options = SweepOptions(out=out, interrupted=interrupted)
-    return list(run_sweep(expand(recipes, [*SMALL, *overrides]), options, progress)), progress.lines
-
-
-def alone(directory, *overrides, recipe="smoke_star", donors=()):
-    options = RunOptions(directory=directory, donors=tuple(donors))
-    return run(load(recipe, [*SMALL, *overrides]), options, SilentProgress())
-
-
-def notes(directory):
-    return [note for path in sorted(directory.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]
-
-
-def made(directory):
-    """Verbs of the steps that the run worked on itself, without those that are taken over."""
-    return [note["verb"] for note in notes(directory) if "verb" in note]
-
-
-def borrowed(directory):
-    return {note["step"] for note in notes(directory) if "borrowed_from" in note}
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +31,6 @@ def second_seed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("second") / "run"
     alone(directory, "seed=1")
     return directory
-
-
-# -- expansion -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,97 +99,6 @@ def test_the_default_folder_depends_on_the_arms_alone():
     assert first.parent == Path("runs") and first.name.startswith("sweep-smoke_star-")
     assert folder("method.rounds=1,2", "seed=0,1,2") == folder("method.rounds=1,2", "engine.unit_rows=8") == first
     assert folder("method.rounds=1,3") != first
-
-
-# -- sharing -------------------------------------------------------------------------------------------------------
-
-
-def test_arms_that_differ_in_training_share_all_that_comes_before_and_have_the_bytes_of_runs_alone(
-    second_seed, tmp_path, monkeypatch
-):
-    calls = []
-    generate = Scripted.generate
-
-    def counted(self, requests):
-        calls.extend(request.key for request in requests)
-        return generate(self, requests)
-
-    monkeypatch.setattr(Scripted, "generate", counted)
-    summaries, lines = sweep(tmp_path / "out", "method.sft.lr=1e-6,1e-5", "seed=0,1")
-    first, second, third, fourth = (tmp_path / "out" / summary["run"] for summary in summaries)
-    assert len(calls) == len(set(calls))  # nothing was sampled twice in four runs
-    assert borrowed(first) == set()
-    before = ["round-001/evaluate", "round-001/sample", "round-001/grade-hinted", "round-001/star_rows"]
-    for one in (second, fourth):
-        assert {*before, "final-trainings=1/test-base"} <= borrowed(one)
-        assert next(verb for verb in made(one)) == "train"  # and what depends on it follows
-    assert "round-001/sample" not in borrowed(third)  # another seed
-    assert "round-001/evaluate/greedy" in borrowed(third)  # evaluation seeds name no run
-    assert summaries[1]["num_borrowed_steps"] == len(borrowed(second)) > len(made(second))
-    assert f"round-001/sample: taken from {first}" in lines
-    monkeypatch.undo()
-    alone(tmp_path / "alone", "method.sft.lr=1e-5")
-    assert content(second) == content(tmp_path / "alone")
-    assert content(third) == content(second_seed)
-
-
-@pytest.mark.parametrize("override", ["engine.accuracy=0.5", "launcher.devices=cpu", "model.dtype=float32"])
-def test_another_engine_or_arithmetic_shares_nothing(override, donor, tmp_path):
-    """Fingerprints hold neither: the first sample step of both runs has the same one."""
-    alone(tmp_path / "run", override, donors=[donor])
-    step = "steps/round-001/evaluate/greedy/step.json"
-    assert (tmp_path / "run" / step).read_bytes() == (donor / step).read_bytes()
-    assert borrowed(tmp_path / "run") == set()
-
-
-def test_other_arithmetic_of_the_trainer_shares_all_but_training(donor, tmp_path):
-    alone(tmp_path / "run", "method.sft.dtype=bfloat16", donors=[donor])
-    step = "steps/round-001/train/step.json"
-    assert (tmp_path / "run" / step).read_bytes() == (donor / step).read_bytes()
-    assert {"round-001/sample", "round-001/grade"} <= borrowed(tmp_path / "run")
-    assert "round-001/train" not in borrowed(tmp_path / "run")
-
-
-def test_a_step_that_keeps_its_optimizer_is_another_one(donor, tmp_path):
-    alone(tmp_path / "run", "method.carry_optimizer=true", donors=[donor])
-    assert "round-001/star_rows" in borrowed(tmp_path / "run")
-    assert "round-001/train" not in borrowed(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("changed", "shared"), [("metrics", set()), ("curate/filtering.py", set()), ("method", {"problems", "sample"})]
-)
-def test_other_code_shares_only_what_it_cannot_touch(changed, shared, donor, tmp_path, monkeypatch):
-    digests = conditions.code_digests
-    monkeypatch.setattr(conditions, "code_digests", lambda method: {**digests(method), changed: "other"})
-    alone(tmp_path / "run", donors=[donor])
-    names = borrowed(tmp_path / "run")
-    assert bool(names) == bool(shared)
-    assert "round-001/star_rows" not in names
-    if shared:
-        assert {"problems/train", "round-001/sample", "round-001/train"} <= names
-
-
-def test_other_versions_share_nothing(donor, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditions, "versions", lambda: {"torch": "other"})
-    alone(tmp_path / "run", donors=[donor])
-    assert borrowed(tmp_path / "run") == set()
-
-
-def test_a_damaged_step_of_a_sibling_is_made_here_and_the_line_says_why(tmp_path):
-    alone(tmp_path / "clean", "method.sft.lr=1e-5")
-    alone(tmp_path / "out" / "sibling")
-    rows = tmp_path / "out" / "sibling" / "steps" / "round-001" / "sample" / "rows-00000.parquet"
-    data = rows.read_bytes()
-    rows.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
-    summaries, lines = sweep(tmp_path / "out", "method.sft.lr=1e-5")
-    directory = tmp_path / "out" / summaries[0]["run"]
-    assert any(line.startswith("round-001/sample: not taken from") and "SHA-256" in line for line in lines)
-    assert "round-001/evaluate/greedy" in borrowed(directory) and "sample" in made(directory)
-    assert content(directory) == content(tmp_path / "clean")
-
-
-# -- going on ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [3, 20])
