@@ -255,7 +255,9 @@ def _headline(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """What the trainer measured; counts are not measurements."""
+    """What the trainer measured at the end: no counts, nothing of the first step, no setting."""
     return {
-        key: value for key, value in row.items() if isinstance(value, float) and not key.startswith(("num_", "first_"))
+        key: value
+        for key, value in row.items()
+        if isinstance(value, float) and not key.startswith(("num_", "first_")) and key != "lr"
     }
