@@ -53,6 +53,34 @@ def test_a_borrowed_step_shares_its_files_and_has_the_bytes_of_one_that_was_made
     }
 
 
+def test_links_and_their_folders_are_flushed_before_the_seal_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = toy_donor(tmp_path / "donor")
+    folder = tmp_path / "run" / "steps" / "shared"
+    calls: list[str] = []
+    link, rename = os.link, os.rename
+
+    def linked(source: Path, target: Path) -> None:
+        link(source, target)
+        calls.append(f"link {Path(target).relative_to(folder)}")
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        calls.append(f"rename {target}")
+
+    monkeypatch.setattr("os.link", linked)
+    monkeypatch.setattr("os.rename", renamed)
+    monkeypatch.setattr("os.fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    toy_run(tmp_path / "run", num_units=2, donors=[donor])
+    sealed = calls.index(f"rename {folder / '_OK.json'}")
+    linked_names = [call.removeprefix("link ") for call in calls if call.startswith("link ")]
+    assert len(linked_names) == 3
+    for name in linked_names:
+        after = calls[calls.index(f"link {name}") : sealed]
+        assert str(folder / name) in after and str((folder / name).parent) in after
+
+
 def test_where_the_disk_makes_no_links_the_files_are_copied(
     tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
