@@ -206,3 +206,12 @@ def test_a_summary_has_the_numbers_of_its_run(tmp_path):
 def test_train_continues_a_run_of_a_sweep(tmp_path):
     (one,), _ = sweep(tmp_path)
     assert alone(tmp_path / one["run"]).already_finished
+
+
+def test_arms_that_only_measure_are_compared_too(tmp_path):
+    overrides = ["engine=scripted", "task.name=arith", "task.num_test=5", "evaluate.style=plain,few_shot"]
+    summaries = list(run_sweep(expand("eval", overrides), SweepOptions(out=tmp_path), Lines()))
+    assert [one["exit_code"] for one in summaries] == [0, 0]
+    accuracy = [read_lines(tmp_path / one["run"] / "metrics.jsonl")[-1]["greedy"]["accuracy"] for one in summaries]
+    assert [one["test"]["last"]["greedy"]["accuracy"] for one in summaries] == accuracy
+    assert "base" not in summaries[0]["test"]

@@ -239,7 +239,7 @@ def summarise(one: SweepRun, out: Path, ending: Ending, position: int) -> dict[s
         "message": ending.message,
         "evidence": dict(ending.evidence or {}),
         "dev": [_headline(row) for row in rows if row["verb"] == "evaluate" and row["split"] == "dev"],
-        "test": result.get("test", {}),
+        "test": result.get("test") or _measured(result),
         "selected_by": result.get("selected_by"),
         "train_metrics": _train_metrics(trained[-1]) if trained else {},
         "num_optimizer_steps": sum(row["num_steps"] for row in trained),
@@ -248,6 +248,12 @@ def summarise(one: SweepRun, out: Path, ending: Ending, position: int) -> dict[s
         "num_borrowed_steps": len({note["step"] for note in notes if "borrowed_from" in note}),
         "seconds": round(sum(note.get("seconds", 0.0) for note in notes), 3),
     }
+
+
+def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A method that trains nothing ends with one measurement, of its last and only policy."""
+    parts = {part: result[part] for part in ("greedy", "sampled") if part in result}
+    return {"last": parts} if parts else {}
 
 
 def _headline(row: Mapping[str, Any]) -> dict[str, Any]:
