@@ -223,13 +223,13 @@ def _parse_override(text: str, files: _Files, problems: list[Problem]) -> Overri
         problems.append(Problem(path="", message=hint, file=place))
         return None
     try:
-        parsed = _parser().parse_override(f"++{key}={raw}")
+        parsed = override_parser().parse_override(f"++{key}={raw}")
     except HydraException as error:
         if raw[:1] in tuple("[{'\"$"):
             problems.append(Problem(path=key, message=f"not understood: {str(error).splitlines()[0]}", file=place))
             return None
         raw = _quoted(raw)  # a path with brackets or an equals sign is a plain text to its author
-        parsed = _parser().parse_override(f"++{key}={raw}")
+        parsed = override_parser().parse_override(f"++{key}={raw}")
     if parsed.is_sweep_override():
         message = "several values; `reasonrun sweep` tries them one by one, [a,b] is a list, 'a,b' in quotes is a text"
         problems.append(Problem(path=key, message=message, file=place))
@@ -257,7 +257,8 @@ def _group_choice(group: str, choice: str, files: _Files, problems: list[Problem
 
 
 @cache
-def _parser() -> Any:
+def override_parser() -> Any:
+    """Hydra's parser of ``key=value`` texts."""
     return OverridesParser.create()
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.code_digest import code_changed, code_digests, versions
+from reasonrun.conditions import conditions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
 from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
 from reasonrun.lab import Lab
+from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.catalogue import run_identity
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
@@ -33,6 +35,7 @@ class RunOptions:
     redo: str | None = None
     prune: bool = False
     accept_code: bool = False
+    donors: tuple[Path, ...] = ()  # runs from which equal steps are taken instead of made again
     interrupted: Callable[[], int] = lambda: 0  # the exit code of a stop that was asked for, or 0
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
 
@@ -56,11 +59,12 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         Stopped: a signal arrived; the same command continues.
     """
     further = _goes_further(options.directory, recipe)
+    method = recipe.classes["method"]
     with RunDir.open(
         options.directory,
         identity={"recipe": recipe.resolved},
         command=options.command,
-        attempt={"code": code_digests(recipe.classes["method"]), "versions": versions()},
+        attempt={"code": code_digests(method), "versions": versions(), CONDITIONS: conditions(recipe)},
         reopen=options.redo is not None or further,
     ) as run_dir:
         if options.redo:
@@ -130,6 +134,7 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         code_changed=not options.accept_code and code_changed(run_dir.earlier_attempts, recipe.classes["method"]),
         problems_by_id=problems,
         on_row=options.on_row,
+        donors=Donors(run_dir.path, options.donors, conditions(recipe), run_dir.files) if options.donors else None,
     )
 
 

@@ -81,7 +81,7 @@ def test_a_seal_gets_its_name_after_all_that_it_vouches_for_is_flushed(
     recorder = Recorder(monkeypatch)
     toy_run(tmp_path / "run", num_units=3, files=Files(Faults()))
     seals = [target for call, target in recorder.calls if call == "rename" and target.endswith(" _OK.json")]
-    assert len(seals) == 6  # two steps, three checkpoints, the run
+    assert len(seals) == 7  # three steps, three checkpoints, the run
     assert recorder.unsafe_seals == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_run import toy_run
+from toy_run import toy_donor, toy_run
 
 from reasonrun.errors import EnvironmentProblem, ReasonrunError
 from reasonrun.ledger.faults import FAULT_POINTS, Faults, InjectedFault
@@ -25,6 +25,8 @@ NEEDS_AN_EARLIER_CRASH = {
     "set_aside.after_rename": ("adopt.after_rename", 1),
 }
 """Points on the paths of recovery, and the fault that leads there."""
+READ_FROM_A_DONOR = {"borrow.before_link", "borrow.after_link"}
+"""Points where a disk that cannot read costs nothing: the step is made here instead."""
 
 
 def test_a_kill_at_every_fault_point_leaves_the_bytes_of_a_clean_run(
@@ -32,19 +34,24 @@ def test_a_kill_at_every_fault_point_leaves_the_bytes_of_a_clean_run(
 ) -> None:
     assert toy_server.run(tmp_path / "clean", num_units=NUM_UNITS) == 0
     clean = tree(tmp_path / "clean")
+    donor = toy_donor(tmp_path / "donor")
+    lent = tree(donor)
     for point in FAULT_POINTS:
         path, log, num_kills = tmp_path / point, tmp_path / f"{point}.log", 1
         order = {"num_units": NUM_UNITS, "log": str(log)}
+        borrowing = {**order, "donors": [str(donor)]}
         if point in NEEDS_AN_EARLIER_CRASH:
             first, nth = NEEDS_AN_EARLIER_CRASH[point]
-            assert toy_server.run(path, fault=f"{first}:kill:{nth}", **order) == -signal.SIGKILL
+            assert toy_server.run(path, fault=f"{first}:kill:{nth}", **borrowing) == -signal.SIGKILL
             num_kills = 2
         # Every registered point is passed, or the toy would have survived.
-        assert toy_server.run(path, fault=f"{point}:kill", **order) == -signal.SIGKILL, point
+        assert toy_server.run(path, fault=f"{point}:kill", **borrowing) == -signal.SIGKILL, point
+        # Without the donor, so that what was half borrowed is made over.
         assert toy_server.run(path, **order) == 0, f"not resumed after a kill at {point}"
         assert tree(path) == clean, f"other bytes after a kill at {point}"
         computed = Counter(log.read_text().split())
         assert computed.total() - len(computed) <= num_kills, f"units done twice after a kill at {point}"
+        assert tree(donor) == lent, f"the donor changed after a kill at {point}"
 
 
 def test_thirty_random_kills_leave_the_bytes_of_a_clean_run_and_repeat_no_logged_unit(
@@ -77,14 +84,19 @@ def test_an_error_at_every_fault_point_is_survived(action: Any, tmp_path: Path, 
     toy_run(tmp_path / "clean", num_units=NUM_UNITS, files=Files(Faults()))
     clean = tree(tmp_path / "clean")
     expected = InjectedFault if action == "exception" else ReasonrunError
+    donors = [toy_donor(tmp_path / "donor")]
     for point in FAULT_POINTS:
         path = tmp_path / point
+        if action == "EIO" and point in READ_FROM_A_DONOR:
+            toy_run(path, num_units=NUM_UNITS, files=Files(Faults(point, action)), donors=donors)
+            assert tree(path) == clean, f"a step that a broken disk cannot lend is not made at {point}"
+            continue
         if point in NEEDS_AN_EARLIER_CRASH:
             first, nth = NEEDS_AN_EARLIER_CRASH[point]
             with pytest.raises(InjectedFault):
-                toy_run(path, num_units=NUM_UNITS, files=Files(Faults(first, "exception", nth)))
+                toy_run(path, num_units=NUM_UNITS, files=Files(Faults(first, "exception", nth)), donors=donors)
         with pytest.raises(expected) as caught:
-            toy_run(path, num_units=NUM_UNITS, files=Files(Faults(point, action)))
+            toy_run(path, num_units=NUM_UNITS, files=Files(Faults(point, action)), donors=donors)
         if action == "ENOSPC":
             assert isinstance(caught.value, EnvironmentProblem)
             assert "No space left" in str(caught.value) and "same command" in caught.value.hint

@@ -1,7 +1,7 @@
 """A small durable run, and a server that forks it: what the kill tests kill.
 
 ``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``log``, ``kill_after_units``,
-``kill_seconds``), runs the toy in a forked child, which saves the imports, and answers with how the child ended.
+``kill_seconds``, ``donors``), runs the toy in a forked child, which saves the imports, and answers with how the child ended.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed
@@ -27,19 +28,53 @@ ROWS_PER_UNIT = 3
 Compute = Callable[[int], None]
 
 
-def toy_run(path: Path, *, num_units: int, files: Files | None = None, on_compute: Compute = lambda unit: None) -> Any:
+def toy_run(
+    path: Path,
+    *,
+    num_units: int,
+    files: Files | None = None,
+    on_compute: Compute = lambda unit: None,
+    donors: Sequence[Path] = (),
+) -> Any:
     """Sample, then train: every kind of file that a step can hold. Calls ``on_compute`` before each unit of work."""
-    files = files or Files()
-    with RunDir.open(path, identity={"recipe": "toy", "num_units": num_units}, command="toy", files=files) as run:
+    with toy_dir(path, files or Files(), {"recipe": "toy", "num_units": num_units}) as run:
         if run.finished is not None:
             return run.finished
         run.record_worker(os.getpid(), os.getpid())
+        shared_step(run, donors)
         sampled = _sample(run, num_units, on_compute)
         trained = _train(run, sampled, path, on_compute)
         rows = Rows.load(Score, sampled.table_paths(), path / "derived")
         run.write_projection("metrics.jsonl", [{"step": trained.name, "mean": sum(rows.column("value")) / len(rows)}])
         run.finish({"model": trained.digest, "num_rows": len(rows)})
         return run.finished
+
+
+def toy_dir(path: Path, files: Files, identity: dict[str, Any], conditions: str = "toy") -> RunDir:
+    attempt = {CONDITIONS: {"other": conditions}}
+    return RunDir.open(path, identity=identity, command="toy", files=files, attempt=attempt)
+
+
+def shared_step(run: RunDir, donors: Sequence[Path]) -> Committed:
+    """A step that a donor may have: a table and a folder within a folder."""
+    fingerprint = {"verb": "train", "shared": True}
+    step = run.step("shared", fingerprint)
+    if isinstance(step, Committed):
+        return step
+    lender = Donors(run.path, donors, {"other": "toy"}, run.files)
+    taken = lender.lend(step, fingerprint, take=lambda path: None, refuse=lambda reason: None)
+    if taken is not None:
+        return taken
+    step.seal_table("rows", Score, (toy_row(ordinal) for ordinal in range(5)))
+    step.adopt_folder(_write_model(run.attempt_dir / "shared", state=7), "model")
+    return step.commit({"num_rows": 5})
+
+
+def toy_donor(path: Path) -> Path:
+    """A run that has made the shared step and nothing else."""
+    with toy_dir(path, Files(), {"recipe": "donor"}) as run:
+        shared_step(run, ())
+    return path
 
 
 def toy_row(ordinal: int) -> Score:
@@ -100,7 +135,8 @@ def _child(order: dict[str, Any]) -> None:
         if num_computed == order.get("kill_after_units"):
             threading.Timer(order["kill_seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    toy_run(Path(order["run"]), num_units=order["num_units"], on_compute=on_compute)
+    donors = [Path(donor) for donor in order.get("donors", [])]
+    toy_run(Path(order["run"]), num_units=order["num_units"], on_compute=on_compute, donors=donors)
 
 
 def _serve() -> None:

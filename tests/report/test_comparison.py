@@ -12,6 +12,7 @@ import pytest
 from report_runs import MakeRun
 
 from reasonrun.errors import RecipeError
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.metrics import mcnemar_exact
 from reasonrun.records import Problem
@@ -26,7 +27,7 @@ from reasonrun.report.comparison import (
 )
 from reasonrun.report.comparison_text import describe_comparison, verdict
 from reasonrun.report.evaluations import EvaluationPart, Item, evaluation_steps, read_part
-from reasonrun.report.run_record import attempt_notes, open_run, read_lines
+from reasonrun.report.run_record import attempt_notes, open_run
 
 STRONGER = "engine.accuracy=0.8"
 

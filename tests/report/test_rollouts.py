@@ -13,11 +13,12 @@ import pytest
 from report_runs import MakeRun, score, write_handmade_run
 
 from reasonrun.errors import RecipeError, RunFailed
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.records import Score
 from reasonrun.report.rollout_text import describe_page, describe_rollout
 from reasonrun.report.rollouts import RolloutFilters, RolloutPage, choose_steps, find_problem, read_rollouts
-from reasonrun.report.run_record import open_run, read_lines
+from reasonrun.report.run_record import open_run
 
 
 def page_of(path: Path, **filters: Any) -> RolloutPage:

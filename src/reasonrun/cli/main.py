@@ -45,6 +45,29 @@ def train(
 
 
 @app.command()
+def sweep(
+    recipes: Annotated[str | None, typer.Argument(help="A recipe, or several with commas between them.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: key=value, or key=a,b,c.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default runs/sweep-<name>.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Only print the table of the runs that have ended.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run every combination of values and recipes, sharing equal steps, and compare them over seeds."""
+    from reasonrun.cli.sweep import SweepRequest, sweep_command
+
+    request = SweepRequest(
+        recipes=recipes,
+        overrides=tuple(overrides or []),
+        out=out,
+        table_only=table,
+        as_markdown=markdown,
+        as_json=as_json,
+    )
+    raise typer.Exit(sweep_command(request))
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -9,8 +9,9 @@ from typing import Any
 import typer
 
 from reasonrun.cli.main import print_json
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
-from reasonrun.report.run_record import attempt_notes, check_is_run, read_lines
+from reasonrun.report.run_record import attempt_notes, check_is_run
 
 
 def status_command(run: Path | None, *, as_json: bool) -> None:

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
-from reasonrun.report.run_record import attempt_notes, read_lines
+from reasonrun.report.run_record import attempt_notes
 from reasonrun.running import Outcome, RunOptions, run, run_directory
 from reasonrun.workers.signals import StopFlag
 

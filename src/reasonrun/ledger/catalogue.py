@@ -76,6 +76,13 @@ def run_identity(path: Path) -> dict[str, Any]:
     return identity
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; empty when there is none. A torn last line is left out."""
+    if not path.exists():
+        return []
+    return [decode_json(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
 def finished_content(path: Path, files: Files) -> dict[str, Any] | None:
     """The content of the root seal when it and every step that it names verify (sizes)."""
     with suppress(RunFailed):

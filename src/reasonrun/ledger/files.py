@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
+from reasonrun.errors import RunFailed
+from reasonrun.ledger.disk_errors import NO_LINKS, explained
 from reasonrun.ledger.faults import Faults, FileKind
 
 _CHUNK_BYTES = 1 << 20
@@ -68,16 +69,15 @@ class Files:
         try:
             yield
         except OSError as error:
-            raise _explained(error, path) from error
+            raise explained(error, path) from error
 
     def mkdir(self, path: Path) -> None:
         """Make a folder and its parents, durably. Nothing happens when it exists."""
-        if path.is_dir():
-            return
-        self.mkdir(path.parent)
-        with self.explaining(path):
-            path.mkdir(exist_ok=True)
-        self.sync_folder(path.parent)
+        if not path.is_dir():
+            self.mkdir(path.parent)
+            with self.explaining(path):
+                path.mkdir(exist_ok=True)
+            self.sync_folder(path.parent)
 
     def create(self, path: Path, kind: FileKind) -> NewFile:
         """Start a file that appears under its name, complete, when ``commit`` is called on it."""
@@ -107,17 +107,34 @@ class Files:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                self._copy_over(source, target)
+                self._copy(source, target)
+                self.remove(source)
         self.sync_folder(target.parent)
         self.sync_folder(source.parent)
 
-    def _copy_over(self, source: Path, target: Path) -> None:
+    def _copy(self, source: Path, target: Path) -> None:
         temporary = target.with_name(target.name + ".tmp")
         self.remove(temporary)
         shutil.copytree(source, temporary) if source.is_dir() else shutil.copy2(source, temporary)
         self.entries(temporary)
         os.rename(temporary, target)
-        self.remove(source)
+
+    def link(self, source: Path, target: Path) -> FileEntry:
+        """Give a committed file a second name, durably, or copy it where the disk refuses links.
+
+        Its final name at once: what writes there next would cut a temporary one to nothing, and ``source`` with it.
+        """
+        self.mkdir(target.parent)
+        self.remove(target)
+        with self.explaining(target):
+            try:
+                os.link(source, target)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                self._copy(source, target)
+        self.sync_folder(target.parent)
+        return self._settled(target)
 
     def remove(self, path: Path) -> None:
         """Delete a file or a folder tree; nothing happens when it is not there."""
@@ -281,18 +298,3 @@ def _write_all(files: Files, descriptor: int, data: bytes, point: str) -> None:
     files.faults.hit(point)
     while len(rest) > 0:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def _explained(error: OSError, path: Path) -> ReasonrunError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EnvironmentProblem(
-            f"No space left while writing {path}: {reason}. Nothing that was committed is damaged.",
-            hint=f"free space on the disk that holds {path.parent}; the same command then continues",
-        )
-    if error.errno == errno.EIO:
-        return RunFailed(
-            f"The disk failed while accessing {path}: {reason}.",
-            hint="check the disk; what is committed is verified when the same command continues",
-        )
-    return EnvironmentProblem(f"Cannot access {path}: {reason}.", hint="check that the path exists and is writable")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from reasonrun.errors import RecipeError, RunFailed
-from reasonrun.ledger.catalogue import RUN_NAME, run_identity, step_states, stored_fingerprint
+from reasonrun.ledger.catalogue import RUN_NAME, read_lines, run_identity, step_states, stored_fingerprint
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.seals import read_seal
 from reasonrun.ledger.steps import Committed
@@ -171,14 +170,6 @@ def check_is_run(path: Path) -> None:
     if not (path / RUN_NAME).is_file():
         what = f"has no {RUN_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is a file"
         raise RecipeError(f"{path} is not a run directory: it {what}", hint="list the runs with: reasonrun status")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; empty when there is none. A torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def attempt_notes(path: Path) -> list[dict[str, Any]]:

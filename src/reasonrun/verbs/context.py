@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from reasonrun.contracts import Grader, Task, TrainEvents
 from reasonrun.errors import RunConflict
 from reasonrun.generation import Completion, Request
+from reasonrun.ledger.borrowing import Donors
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.recipe import ResolvedRecipe
@@ -91,6 +92,8 @@ class Context:
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
+    donors: Donors | None = None  # other runs that may have made a step already
+    borrowed: set[str] = field(default_factory=set)  # steps taken from them in this attempt
 
     @property
     def seed(self) -> int:
@@ -120,19 +123,36 @@ class Context:
                 hint="revert the change; or start a new run with --run NEW; or, to make a committed step again with the"
                 " change, --redo STEP",
             )
-        return step
+        return self._borrow(step, fingerprint) or step if isinstance(step, OpenStep) else step
+
+    def _borrow(self, step: OpenStep, fingerprint: dict[str, Any]) -> Committed | None:
+        if self.donors is None:
+            return None
+
+        def refuse(reason: str) -> None:
+            self._note({"step": step.name, "not_borrowed": reason})
+            self.progress.say(f"{step.name}: {reason}")
+
+        def take(path: Path) -> None:
+            self._note({"step": step.name, "borrowed_from": str(path)})
+            self.progress.say(f"{step.name}: taken from {path}")
+
+        taken = self.donors.lend(step, fingerprint, take, refuse)
+        if taken is not None:
+            self.borrowed.add(step.name)
+        return taken
 
     def _changed_fields(self, heading: str = "") -> str:
         lines = [f"\n  {line}" for line in self.recipe_changes[:10]]
         return "".join([f"\n{heading}" if heading and lines else "", *lines])
 
     def record(self, committed: Committed, verb: str, *, new: bool) -> None:
-        """Add the step's line to the metrics record; a new commit also writes it to disk."""
+        """Add the step's line to the metrics record; a new commit, borrowed or made, also writes it to disk."""
         # Sealed results come back with sorted keys; a new one must read the same.
         result = json.loads(json.dumps(committed.result, sort_keys=True))
         row = {"step": committed.name, "verb": verb, **result}
         self.rows.append(row)
-        if new:
+        if new or committed.name in self.borrowed:
             self.run_dir.write_projection("metrics.jsonl", self.rows)
         self.on_row(row)
 
@@ -153,6 +173,8 @@ class Context:
         try:
             yield
         finally:
-            line = {"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)}
-            with (self.attempt_dir / "notes.jsonl").open("a") as notes:
-                notes.write(json.dumps(line) + "\n")
+            self._note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})
+
+    def _note(self, line: dict[str, Any]) -> None:
+        with (self.attempt_dir / "notes.jsonl").open("a") as notes:
+            notes.write(json.dumps(line) + "\n")

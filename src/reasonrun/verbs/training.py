@@ -58,6 +58,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         "num_steps": request.num_steps,
         "seed": seed,
         "inputs": [*(rows.step for rows in request.rows), *_made_by(request.start), *_made_by(request.reference)],
+        **({"keep_optimizer": True} if request.keep_optimizer else {}),  # the step then holds one folder more
     }
     step = ctx.open_step(request.name, fingerprint)
     new = isinstance(step, OpenStep)
