@@ -21,6 +21,7 @@ class RoundRow:
     num_tokens: int = 0
     num_steps: int = 0
     loss: float | None = None
+    pairs: tuple[float, float] | None = None  # reward margin and pair accuracy on held-out pairs
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -59,6 +60,8 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
                 low, high = row[part]["interval"]
                 key = part if row["split"] == "dev" else f"{part} {row['step'].split('/')[-1]}"
                 line.evaluations[key] = (row[part]["accuracy"], low, high)
+    elif verb == "evaluate_pairs" and row["num_pairs"]:
+        line.pairs = (row["reward_margin"], row["pair_accuracy"])
     elif in_evaluation:
         return
     elif verb == "sample":
@@ -77,10 +80,25 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
 def format_table(table: list[RoundRow]) -> list[str]:
     """The table as aligned text lines."""
     parts = list(dict.fromkeys(p for line in table for p in line.evaluations if " " not in p))
-    header = ["round", *(f"dev {p}" for p in parts), "tried", "right", "kept", "hinted", "steps", "tokens", "seconds"]
+    with_pairs = any(line.pairs for line in table)
+    pairs_header = ["held-out margin, pairs right"] if with_pairs else []
+    header = [
+        "round",
+        *(f"dev {p}" for p in parts),
+        *pairs_header,
+        "tried",
+        "right",
+        "kept",
+        "hinted",
+        "steps",
+        "tokens",
+        "seconds",
+    ]
     body = [header]
     for line in table:
         scores = [_interval(line.evaluations.get(part)) for part in parts]
+        if with_pairs:
+            scores.append("-" if line.pairs is None else f"{line.pairs[0]:.3f}, {line.pairs[1]:.1%}")
         counts = [line.num_rollouts, line.num_correct, line.num_kept, line.num_hinted, line.num_steps, line.num_tokens]
         spent = " ".join(f"{verb} {value:.1f}" for verb, value in line.seconds.items())
         body.append([line.scope, *scores, *(f"{count:,}" if count else "-" for count in counts), spent])
