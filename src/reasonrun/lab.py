@@ -215,20 +215,22 @@ class Lab:
         *,
         start: Checkpoint,
         settings: OptimizerSettings,
-        num_steps: int,
+        num_steps: int = 0,
+        num_epochs: float = 0,
         reference: Checkpoint | None = None,
         carry_optimizer: bool = False,
         keep_optimizer: bool = False,
         name: str = "train",
     ) -> Checkpoint:
-        """A new checkpoint: ``num_steps`` optimizer steps from ``start`` on ``rows``.
+        """A new checkpoint: ``num_steps`` optimizer steps, or ``num_epochs`` passes, from ``start`` on ``rows``.
 
         Args:
             kind: the trainer.
             rows: one set of examples or several, in order.
             start: the weights to begin with.
             settings: optimizer, schedule, batch; nothing is read from the recipe.
-            num_steps: optimizer steps.
+            num_steps: optimizer steps; or
+            num_epochs: passes over the examples, rounded up to whole steps.
             reference: the frozen model of losses that need one.
             carry_optimizer: go on with the optimizer state of ``start``, which must have been kept.
             keep_optimizer: keep the optimizer state for a later ``carry_optimizer``.
@@ -238,6 +240,8 @@ class Lab:
             Finding: all sets are empty.
             RunFailed: ``carry_optimizer`` without a kept state, a non-finite loss, a trainer that keeps dying.
         """
+        if bool(num_steps) == bool(num_epochs):
+            raise RecipeError(f"step {self._full(name)}: train takes num_steps or num_epochs, one of them")
         if carry_optimizer and start.optimizer_path is None:
             raise RunFailed(f"step {self._full(name)}: carry_optimizer needs a start made with keep_optimizer=True")
         request = TrainRequest(
@@ -247,7 +251,8 @@ class Lab:
             start=start,
             reference=reference,
             settings=settings,
-            num_steps=num_steps,
+            given_steps=num_steps,
+            num_epochs=num_epochs,
             carry_optimizer=carry_optimizer,
             keep_optimizer=keep_optimizer,
         )

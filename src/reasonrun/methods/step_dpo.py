@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
@@ -11,7 +10,7 @@ from reasonrun.curate.pairs import Form, error_pairs, step_ends
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
-from reasonrun.training import OptimizerSettings, PreferenceSettings, SFTSettings
+from reasonrun.training import PreferenceSettings, SFTSettings
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
@@ -116,10 +115,6 @@ class StepDPO(Method):
             "Training of the arm sft_chosen_step.",
         )
 
-        def steps(self, num_examples: int, settings: OptimizerSettings) -> int:
-            """Optimizer steps for so many examples."""
-            return self.num_steps or max(1, math.ceil(self.epochs * num_examples / settings.batch_size))
-
     def run(self, lab: Lab) -> Checkpoint:
         config = self.config
         policy = lab.base
@@ -137,7 +132,8 @@ class StepDPO(Method):
                 start=policy,
                 reference=None if config.arm == "sft_chosen_step" else self.reference(lab, policy),
                 settings=settings,
-                num_steps=config.steps(len(rows), settings),
+                num_steps=config.num_steps,
+                num_epochs=0 if config.num_steps else config.epochs,
             )
             if held_out is not None:
                 lab.evaluate_pairs(policy, held_out, reference=lab.base, beta=config.dpo.beta)

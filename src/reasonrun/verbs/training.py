@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -30,9 +31,26 @@ class TrainRequest:
     start: Checkpoint
     reference: Checkpoint | None
     settings: OptimizerSettings
-    num_steps: int
+    given_steps: int  # 0 when epochs say how many
+    num_epochs: float
     carry_optimizer: bool
     keep_optimizer: bool
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps over the examples at hand."""
+        return self.given_steps or self._steps(sum(len(rows) for rows in self.rows))
+
+    @property
+    def planned_steps(self) -> Extent:
+        """Optimizer steps in the real run; they depend on data when epochs count them."""
+        if self.given_steps:
+            return Extent.of(self.given_steps)
+        expected, worst = (sum(getattr(rows.extent, which) for rows in self.rows) for which in ("expected", "worst"))
+        return Extent(expected=self._steps(expected), worst=self._steps(worst), exact=False)
+
+    def _steps(self, num_examples: float) -> int:
+        return max(1, math.ceil(self.num_epochs * num_examples / self.settings.batch_size))
 
 
 def train(ctx: Context, request: TrainRequest) -> Checkpoint:
@@ -112,14 +130,15 @@ def _plan(ctx: Context, request: TrainRequest) -> None:
     for rows in request.rows:
         num_tokens = sum(row.num_tokens for row in rows.rows)
         mean = num_tokens / max(1, len(rows))
-        tokens = tokens.plus(Extent.of(int(mean * request.settings.batch_size * request.num_steps / len(request.rows))))
+        share = mean * request.settings.batch_size / len(request.rows)
+        tokens = tokens.plus(request.planned_steps.times(share))
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
     ctx.planned.append(
         PlannedStep(
             step=request.name,
             verb="train",
             unit="optimizer steps",
-            units=Extent.of(request.num_steps),
+            units=request.planned_steps,
             tokens=Extent(expected=tokens.expected, worst=tokens.worst, exact=False),
             disk_bytes=Extent.of(size * (3 if request.keep_optimizer else 1)),
         )
