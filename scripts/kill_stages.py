@@ -29,7 +29,12 @@ OVERRIDES = {
         "method.sft.checkpoint_every=2",
         "method.sft.batch_size=8",
     ],
-    "step_dpo_arith": ["method.num_steps=8", "method.dpo.checkpoint_every=2", "method.dpo.batch_size=8"],
+    "step_dpo_arith": [
+        "method.localize.kind=mc_rollout",
+        "method.num_steps=8",
+        "method.dpo.checkpoint_every=2",
+        "method.dpo.batch_size=8",
+    ],
 }
 STAGES = {
     "star_arith": {
