@@ -8,7 +8,7 @@ Importing a plug-in module must be cheap: heavy libraries are imported where the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -33,6 +33,14 @@ class Method(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def needs(self) -> Mapping[str, str]:
+        """Capabilities of the task that these settings ask for, each with the setting (below ``method``) that does."""
+        return {}
+
+    def roles(self) -> Mapping[str, str]:
+        """Roles of the models that these settings ask for, each with the setting that does."""
+        return {}
 
     @abstractmethod
     def run(self, lab: Lab) -> Checkpoint:
