@@ -8,18 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from reasonrun.contracts import Grader, Task
+from reasonrun.curate.group import Group
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
+from reasonrun.records import Checkpoint, Problem, Sampling, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
+from reasonrun.verbs.asking import AskAbout, asks
 from reasonrun.verbs.context import Context
-from reasonrun.verbs.curating import CurateJob, Curation, curate, cut
+from reasonrun.verbs.curating import CurateJob, Curation, curate, cut, group_of
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
-from reasonrun.verbs.sampling import Ask, SampleJob, sample
+from reasonrun.verbs.sampling import SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
 from reasonrun.verbs.training import TrainRequest, train
 
@@ -40,6 +42,20 @@ class Lab:
     def base(self) -> Checkpoint:
         """The policy that the recipe starts from."""
         return self._context.base
+
+    def model(self, role: str) -> Checkpoint:
+        """The model that the recipe names for ``role``; ``policy`` is the base. Raises RecipeError when it names none."""
+        models = {"policy": self.base, **self._context.models}
+        if role not in models:
+            raise RecipeError(
+                f"no model has the role {role!r}; the roles of this recipe are {', '.join(models)}",
+                hint=f"add it to the recipe: models.{role}.name, .path, .hub or .endpoint",
+            )
+        return models[role]
+
+    def group(self, problem: Problem) -> Group:
+        """What curation functions know about a problem, for a prompt that shows a rollout's steps."""
+        return group_of(self._context, problem)
 
     @property
     def task(self) -> Task:
@@ -119,10 +135,12 @@ class Lab:
         sampling: Sampling,
         style: str = "plain",
         turn: str | None = None,
+        prompt: AskAbout | None = None,
         name: str = "sample",
         seed_parts: tuple[str | int, ...] | None = None,
     ) -> RolloutSet:
-        """``n`` completions per problem in a style, per rollout as its next turn, or per prefix as its continuation.
+        """``n`` completions per problem in a style, per rollout as its next turn, per prefix as its continuation, or per
+        rollout or prefix to a question about it.
 
         Args:
             policy: the model that answers.
@@ -131,19 +149,23 @@ class Lab:
             sampling: temperature, filters, length, stop strings.
             style: the task's prompt style (problems only); the answers begin with its opening, if it has one.
             turn: the user's next message (rollouts only); the earlier ids are kept as they are.
+            prompt: makes, of a problem and a rollout or prefix, the messages of a new conversation; it may be a closure,
+                because what it returns is part of the step's fingerprint.
             name: the step's name within the scope.
             seed_parts: start of the request seeds; the run seed and the step's name unless given.
 
         Raises:
-            RecipeError: a prompt does not fit into the context, or ``turn`` is missing for rollouts.
+            RecipeError: a prompt does not fit into the context, rollouts come without ``turn`` and ``prompt``, or an
+                endpoint is asked for what none can do.
         """
         full = self._claim(name)
         problems = source if isinstance(source, ProblemSet) else source.problems
+        kind = "about" if prompt is not None else "turn" if turn is not None else "continuation"
         job = SampleJob(
             name=full,
             policy=policy,
-            asks=self._asks(source, style, turn),
-            kind=style if isinstance(source, ProblemSet) else "turn" if turn is not None else "continuation",
+            asks=asks(self._context, policy, source, style=style, turn=turn, about=prompt),
+            kind=style if isinstance(source, ProblemSet) else kind,
             n=n,
             sampling=sampling,
             seed_parts=seed_parts or (self.seed, full),
@@ -152,38 +174,6 @@ class Lab:
             extent=source.extent,
         )
         return sample(self._context, job)
-
-    def _asks(self, source: ProblemSet | RolloutSet | PrefixSet, style: str, turn: str | None) -> Sequence[Ask]:
-        context = self._context
-        if isinstance(source, ProblemSet):
-            asks, opening = [], context.opening(style)
-            for problem in source:
-                messages, ids = context.prompt(problem, style)
-                asks.append(Ask(problem=problem, messages=messages, prompt_ids=ids, given=opening))
-            return asks
-        if isinstance(source, PrefixSet):
-            return [
-                Ask(
-                    problem=context.problems_by_id[prefix.problem_id],
-                    messages=prefix.messages,
-                    prompt_ids=prefix.prompt_ids,
-                    given=prefix.segments,
-                    parent_id=prefix.rollout_ids[0],
-                )
-                for prefix in source
-            ]
-        if turn is None:
-            raise RecipeError("sample from rollouts needs turn=, the user's next message")
-        said = Message(role="user", content=turn)
-        return [
-            Ask(
-                problem=context.problems_by_id[rollout.problem_id],
-                messages=(*rollout.messages, Message(role="assistant", content=rollout.text), said),
-                prompt_ids=context.renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, [said]),
-                parent_id=rollout.id,
-            )
-            for rollout in source
-        ]
 
     def grade(self, rollouts: RolloutSet, *, grader: Grader | None = None, name: str = "grade") -> GradedSet:
         """A score for every rollout, by the task's verifier unless another grader is given."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
-from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
+from reasonrun.hosts import WorkerHost, engine_is_scripted, further_models, scripted_host, with_endpoints
 from reasonrun.lab import Lab
 from reasonrun.ledger.catalogue import run_identity
 from reasonrun.ledger.run_dir import RunDir
@@ -123,7 +123,8 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         grader=task.grader(),
         renderer=renderer,
         base=base,
-        host=host,
+        models=further_models(recipe),
+        host=with_endpoints(host, recipe, check_stop),
         progress=progress,
         check_stop=check_stop,
         code_changed=not options.accept_code and code_changed(run_dir.earlier_attempts, recipe.classes["method"]),
@@ -159,7 +160,7 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
-        dev = list(lab.evaluations)
+        dev = [evaluation for evaluation in lab.evaluations if _is_policy(lab, evaluation.policy)]
         best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
         chosen = {"base": lab.base, "last": last, "best": best.policy}
         tests: dict[str, Evaluation] = {}
@@ -181,6 +182,11 @@ def measured(lab: Lab) -> dict[str, Any]:
     """The result of a method that trains nothing: its last evaluation."""
     evaluation = lab.evaluations[-1]
     return {"policy": _checkpoint(evaluation.policy), "step": evaluation.step, **evaluation.metrics}
+
+
+def _is_policy(lab: Lab, checkpoint: Checkpoint) -> bool:
+    """Whether the run may end with it: a judge or teacher that was measured, too, was not trained here."""
+    return bool(checkpoint.step) or checkpoint.weights == lab.base.weights
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ class Context:
     grader: Grader
     renderer: Renderer
     base: Checkpoint
+    models: Mapping[str, Checkpoint]  # the further ones, by role
     host: Host
     progress: Progress
     check_stop: Callable[[], None]
@@ -91,6 +92,7 @@ class Context:
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
+    _renderers: dict[str, Renderer] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -128,14 +130,26 @@ class Context:
             self.run_dir.write_projection("metrics.jsonl", self.rows)
         self.on_row(row)
 
+    def renderer_of(self, checkpoint: Checkpoint) -> Renderer:
+        """The policy's renderer, or that of a further model with another tokenizer or template."""
+        if checkpoint.tokenizer == self.renderer.digest:
+            return self.renderer
+        if checkpoint.tokenizer not in self._renderers:
+            self._renderers[checkpoint.tokenizer] = Renderer.load(checkpoint.path)
+        return self._renderers[checkpoint.tokenizer]
+
+    def rendered(self, checkpoint: Checkpoint, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a conversation for ``checkpoint``; none for a remote one, which reads words."""
+        return () if checkpoint.remote else self.renderer_of(checkpoint).render(messages)
+
     def prompt(self, problem: Problem, style: str) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-        """The conversation that asks ``problem`` in ``style``, and its rendered ids."""
+        """The conversation that asks ``problem`` in ``style``, and its ids for the policy."""
         messages = self.task.messages(problem, style)
         return messages, self.renderer.render(messages)
 
-    def opening(self, style: str) -> tuple[Segment, ...]:
+    def opening(self, style: str, renderer: Renderer) -> tuple[Segment, ...]:
         """The beginning that every answer in ``style`` is given."""
-        ids = self.renderer.encode(self.task.opening(style))
+        ids = renderer.encode(self.task.opening(style))
         return (Segment(token_ids=ids, src="prompt", loss=False),) if ids else ()
 
     @contextmanager
