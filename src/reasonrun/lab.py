@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from reasonrun.contracts import Grader, Task
-from reasonrun.curate.group import Group
+from reasonrun.curate.group import Curation, Group
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
@@ -16,9 +16,9 @@ from reasonrun.records import Checkpoint, Problem, Sampling, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
-from reasonrun.verbs.asking import AskAbout, asks
+from reasonrun.verbs.asking import About, AskAbout, asks, fitting
 from reasonrun.verbs.context import Context
-from reasonrun.verbs.curating import CurateJob, Curation, curate, cut, group_of
+from reasonrun.verbs.curating import CurateJob, curate, cut, group_of
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
 from reasonrun.verbs.sampling import SampleJob, sample
@@ -174,6 +174,10 @@ class Lab:
             extent=source.extent,
         )
         return sample(self._context, job)
+
+    def fitting(self, model: Checkpoint, source: About, *, prompt: AskAbout, max_new_tokens: int) -> About:
+        """The rollouts or prefixes whose questions fit into the context of ``model``; all when none does."""
+        return fitting(self._context, model, source, prompt, max_new_tokens)
 
     def grade(self, rollouts: RolloutSet, *, grader: Grader | None = None, name: str = "grade") -> GradedSet:
         """A score for every rollout, by the task's verifier unless another grader is given."""

@@ -85,7 +85,9 @@ class Rollout(Record):
     problem_id: str
     index: int
     parent_id: str | None = None
-    kind: str  # what it answers: a style (plain, few_shot, hinted), a turn, a continuation, a question about its parent …
+    kind: (
+        str  # what it answers: a style (plain, few_shot, hinted), a turn, a continuation, a question about its parent …
+    )
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     segments: tuple[Segment, ...]

@@ -160,7 +160,7 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
-        dev = [evaluation for evaluation in lab.evaluations if _is_policy(lab, evaluation.policy)]
+        dev = _of_policies(lab)
         best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
         chosen = {"base": lab.base, "last": last, "best": best.policy}
         tests: dict[str, Evaluation] = {}
@@ -184,9 +184,9 @@ def measured(lab: Lab) -> dict[str, Any]:
     return {"policy": _checkpoint(evaluation.policy), "step": evaluation.step, **evaluation.metrics}
 
 
-def _is_policy(lab: Lab, checkpoint: Checkpoint) -> bool:
-    """Whether the run may end with it: a judge or teacher that was measured, too, was not trained here."""
-    return bool(checkpoint.step) or checkpoint.weights == lab.base.weights
+def _of_policies(lab: Lab) -> list[Evaluation]:
+    """The evaluations of what the run may end with: a judge or teacher that was measured, too, was not trained here."""
+    return [e for e in lab.evaluations if e.policy.step or e.policy.weights == lab.base.weights]
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -194,9 +194,10 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _best_so_far(lab: Lab) -> str:
-    if not lab.evaluations:
+    evaluations = _of_policies(lab)
+    if not evaluations:
         return ""
-    best = max(lab.evaluations, key=lambda evaluation: evaluation.headline)
+    best = max(evaluations, key=lambda evaluation: evaluation.headline)
     where = best.policy.path if best.policy.step else "the base model"
     return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
 

@@ -30,7 +30,7 @@ _MAX_REPLY = 300
 class _Call(NamedTuple):
     unit: int
     request: Request
-    index: int
+    sample: int
 
 
 class EndpointEngine:
@@ -117,7 +117,7 @@ class EndpointEngine:
     ) -> None:
         while (call := todo.get()) is not None:
             try:
-                done.put((call, self._ask(call.request, call.index)))
+                done.put((call, self._ask(call.request, call.sample)))
             except Exception as error:  # a thread's only way to raise: the caller gets it
                 done.put((call, error))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from reasonrun.errors import RecipeError
 from reasonrun.records import Checkpoint, Message, Prefix, Problem, Rollout, Segment
@@ -13,6 +13,7 @@ from reasonrun.verbs.context import Context
 
 AskAbout = Callable[[Problem, Any], Sequence[Message]]
 """The messages of a new conversation about a rollout, or about the beginning of one."""
+About = TypeVar("About", RolloutSet, PrefixSet)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +71,20 @@ def asks(
         _refuse_other_tokenizer(ctx, policy)
         return [_continuation(ctx, prefix) for prefix in source]
     if turn is None:
-        raise RecipeError("sample from rollouts needs turn=, the user's next message, or prompt=, which asks about each")
+        raise RecipeError(
+            "sample from rollouts needs turn=, the user's next message, or prompt=, which asks about each"
+        )
     return [_next_turn(ctx, policy, rollout, Message(role="user", content=turn)) for rollout in source]
+
+
+def fitting(ctx: Context, policy: Checkpoint, source: About, about: AskAbout, max_new_tokens: int) -> About:
+    """The rows whose questions leave room for an answer in the context of ``policy``; all when none does, so that
+    sampling says what is wrong."""
+    if policy.remote:
+        return source
+    limit = ctx.renderer_of(policy).context_length - max_new_tokens
+    kept = source.where(lambda row: len(ctx.rendered(policy, about(ctx.problems_by_id[row.problem_id], row))) <= limit)
+    return kept if len(kept) else source
 
 
 def _in_style(ctx: Context, policy: Checkpoint, problem: Problem, style: str) -> Ask:
