@@ -72,7 +72,7 @@ class EndpointEngine:
             EnvironmentProblem: it refuses the key, does not know the model, or does not speak chat completions.
             RunFailed: it refuses a request.
         """
-        calls = _calls(units)
+        calls, client = _calls(units), self._openai()
         todo: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[_Call, Completion | Exception]] = queue.SimpleQueue()
         num_threads = num_waiting = 0
@@ -84,7 +84,7 @@ class EndpointEngine:
                     num_waiting += 1
                     if num_threads < num_waiting:
                         # Daemons: a stopped run does not wait for a server that has not answered yet.
-                        threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
+                        threading.Thread(target=self._work, args=(client, todo, done), daemon=True).start()
                         num_threads += 1
                 if not num_waiting:
                     break
@@ -113,27 +113,30 @@ class EndpointEngine:
             return None
 
     def _work(
-        self, todo: queue.SimpleQueue[_Call | None], done: queue.SimpleQueue[tuple[_Call, Completion | Exception]]
+        self,
+        client: openai.OpenAI,
+        todo: queue.SimpleQueue[_Call | None],
+        done: queue.SimpleQueue[tuple[_Call, Completion | Exception]],
     ) -> None:
         while (call := todo.get()) is not None:
             try:
-                done.put((call, self._ask(call.request, call.sample)))
+                done.put((call, self._ask(client, call.request, call.sample)))
             except Exception as error:  # a thread's only way to raise: the caller gets it
                 done.put((call, error))
 
-    def _ask(self, request: Request, index: int) -> Completion:
+    def _ask(self, client: openai.OpenAI, request: Request, index: int) -> Completion:
         import openai
 
         body = _body(self.settings.model, request)
         if self._takes_seeds:
             body["seed"] = row_seed(request.seed, index) % _MAX_SEED
         try:
-            answer = self._openai().chat.completions.create(**body)
+            answer = client.chat.completions.create(**body)
         except openai.BadRequestError as error:
             if "seed" not in body or "seed" not in str(error).lower():
                 raise
             self._takes_seeds = False
-            return self._ask(request, index)
+            return self._ask(client, request, index)
         return _completion(request, index, answer)
 
     def _openai(self) -> openai.OpenAI:
