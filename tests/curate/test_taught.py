@@ -51,9 +51,7 @@ def test_a_verdict_cuts_before_the_step_that_it_names():
     def judged(answer, value=1.0, reason="wrong_step"):
         row = solution("v", "…", 0.0, parent="bad")
         score = Score(value=value, answer=answer, reason=reason, grader="step-verdict-1")
-        return list(
-            judged_errors(GROUP, [BAD], [row.model_copy(update={"score": score})], steps="task", cap=0, room=9)
-        )
+        return list(judged_errors(GROUP, [BAD], [row.model_copy(update={"score": score})], steps="task", cap=0, room=9))
 
     assert text_of(judged("2")[0].token_ids) == GIVEN
     assert text_of(judged("3")[0].token_ids) == "Step 1: 8 * 9 = 72\nStep 2: 72 + 3 = 76\nAnswer:"

@@ -124,10 +124,9 @@ def _continuation(ctx: Context, prefix: Prefix) -> Ask:
 
 
 def _next_turn(ctx: Context, policy: Checkpoint, rollout: Rollout, said: Message) -> Ask:
-    """Earlier ids are kept as they are where they are the model's own; else the conversation is rendered anew."""
+    """Earlier ids are kept as they are where the model reads them; else the conversation is rendered anew."""
     messages = (*rollout.messages, Message(role="assistant", content=rollout.text), said)
-    own = policy.tokenizer == ctx.renderer.digest or rollout.policy == policy.weights
-    if own and rollout.prompt_ids and not policy.remote:
+    if not policy.remote and rollout.prompt_ids and ctx.tokenizer_of(rollout) == policy.tokenizer:
         ids = ctx.renderer_of(policy).next_turn(rollout.prompt_ids, rollout.completion_ids, [said])
     else:
         ids = ctx.rendered(policy, messages)

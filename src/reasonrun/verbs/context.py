@@ -16,7 +16,7 @@ from reasonrun.generation import Completion, Request
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.recipe import ResolvedRecipe
-from reasonrun.records import Checkpoint, Message, Problem, Segment
+from reasonrun.records import Checkpoint, Message, Problem, Rollout, Segment
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
 from reasonrun.training import TrainJob, TrainResult
@@ -137,6 +137,11 @@ class Context:
         if checkpoint.tokenizer not in self._renderers:
             self._renderers[checkpoint.tokenizer] = Renderer.load(checkpoint.path)
         return self._renderers[checkpoint.tokenizer]
+
+    def tokenizer_of(self, rollout: Rollout) -> str:
+        """Digest of the tokenizer that the ids of ``rollout`` are of: a further model's own, else the policy's."""
+        others = (m for m in self.models.values() if m.weights == rollout.policy != self.base.weights)
+        return next((model.tokenizer for model in others), self.renderer.digest)
 
     def rendered(self, checkpoint: Checkpoint, messages: Sequence[Message]) -> tuple[int, ...]:
         """The ids of a conversation for ``checkpoint``; none for a remote one, which reads words."""
