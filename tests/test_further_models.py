@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import reasonrun
+from engines.endpoint_stub import Reply, Stub, serving
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import Method
 from reasonrun.curate.first_error import programmatic_errors
 from reasonrun.engines import endpoint
-from reasonrun.errors import RecipeError, RunFailed
+from reasonrun.errors import RecipeError, RunFailed, Stopped
 from reasonrun.models import resolve
 from reasonrun.planning import Assumptions, plan
 from reasonrun.recipe import load
@@ -64,7 +64,7 @@ def toy(tmp_path, monkeypatch):
     """Run a body as a method on the scripted engine, with the given ``models``."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
-    def go(body, models="{}"):
+    def go(body, models="{}", *overrides):
         import test_further_models
 
         test_further_models.BODY = body
@@ -73,7 +73,7 @@ def toy(tmp_path, monkeypatch):
             "defaults:\n  - model: tiny\n  - engine: scripted\n  - launcher: local\n  - _self_\n"
             f"task: {{name: arith}}\nmethod: {{name: test_further_models.Toy}}\nmodels: {models}\n"
         )
-        return run(load(recipe, SMALL), RunOptions(directory=tmp_path / "run"), SilentProgress())
+        return run(load(recipe, [*SMALL, *overrides]), RunOptions(directory=tmp_path / "run"), SilentProgress())
 
     return go
 
@@ -261,8 +261,29 @@ def test_a_judge_that_was_measured_too_is_not_what_the_run_ends_with(toy, other_
     copy = bytearray(weights.read_bytes())
     copy[-1] ^= 1
     weights.write_bytes(bytes(copy))
-    outcome = toy(body, f"{{judge: {{path: {other_tiny}}}}}")
+    perfect = ["engine.accuracy=1", "engine.spread=0", "engine.truncated=0", "engine.unanswered=0"]
+    outcome = toy(body, f"{{judge: {{path: {other_tiny}}}}}", *perfect)  # as good as the policy, and measured earlier
     assert outcome.result["best"]["weights"] == resolve(ModelSettings(name="tiny")).weights
+
+
+def test_only_the_missing_samples_of_a_question_are_asked_for(toy):
+    def body(lab):
+        tried = sampled(lab)
+        answered = lab.sample(lab.model("judge"), tried, prompt=question, n=4, sampling=SAMPLING, name="ask")
+        assert len(answered) == 32 and len({rollout.text for rollout in answered}) == 32
+
+    def fails_after_six(body):
+        seed = str(body["seed"])
+        return Reply(seed) if len(stub.answered) < 6 else Reply(status=500)
+
+    with serving(Stub(fails_after_six)) as stub:
+        models = "{judge: {endpoint: {url: '%s', model: m, api_key_env: null, max_retries: 0, max_parallel: 1}}}"
+        with pytest.raises(Stopped):
+            toy(body, models % stub.url)
+        stub.reply = lambda body: Reply(str(body["seed"]))
+        toy(body, models % stub.url)
+    seeds = [body["seed"] for body in stub.answered]
+    assert len(seeds) == len(set(seeds)) == 32
 
 
 # -- plans ---------------------------------------------------------------------------------------------------------------
@@ -276,6 +297,6 @@ def test_a_plan_asks_no_server_and_needs_no_key(monkeypatch):
     overrides += ["method.arm=step_dpo_teacher", "method.teacher=big"]
     found = plan(load("smoke_step_dpo", overrides), Assumptions(), SilentProgress())
     steps = {step.step: step for step in found.steps}
-    assert found.finding is None and Path(reasonrun.__file__).exists()
+    assert found.finding is None
     assert steps["round-001/localize/ask"].units.expected > 0 and steps["round-001/localize/ask"].tokens.expected > 0
     assert steps["round-001/teach"].units.expected > 0 and "round-001/train" in steps
