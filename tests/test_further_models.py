@@ -11,6 +11,7 @@ import pytest
 from engines.endpoint_stub import Reply, Stub, serving
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import Method
+from reasonrun.curate.filtering import gold_rows
 from reasonrun.curate.first_error import programmatic_errors
 from reasonrun.engines import endpoint
 from reasonrun.errors import RecipeError, RunFailed, Stopped
@@ -33,7 +34,7 @@ BODY = None
 
 
 class Toy(Method):
-    """Runs ``BODY``; asks for a judge."""
+    """Runs ``BODY``."""
 
     class Settings(SettingsBase):
         name: str = "test_further_models.Toy"
@@ -237,15 +238,13 @@ def test_an_endpoint_is_refused_where_weights_or_ids_are_needed(toy, monkeypatch
 
     def body(lab):
         remote = lab.model("judge")
-        rows = lab.curate(gold, lab.problems("train"))
+        rows = lab.curate(gold_rows, lab.problems("train"))
         with pytest.raises(RecipeError, match="no weights here"):
             lab.train("sft", rows, start=remote, settings=SFTSettings(lr=1e-4), num_steps=1)
         with pytest.raises(RunFailed, match="no log-probabilities"):
             lab.logprobs(remote, rows)
         with pytest.raises(RecipeError, match="begins every answer with words of its own"):
             sampled(lab, remote, name="open")
-
-    from reasonrun.curate.filtering import gold_rows as gold
 
     toy(body, f"{{judge: {{endpoint: {ENDPOINT}}}}}")
 

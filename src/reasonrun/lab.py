@@ -263,7 +263,7 @@ class Lab:
             )
             return self.grade(rollouts, name=f"{name}/grade-{kind}")
 
-        outcome = evaluate(self._context, full, policy, problems, split, part, self._max_new_tokens())
+        outcome = evaluate(self._context, full, policy, problems, split, part, self._context.evaluation_tokens)
         self.evaluations.append(outcome)
         return outcome
 
@@ -283,16 +283,8 @@ class Lab:
         return evaluate_pairs(self._context, full, scored[0], scored[1], beta)
 
     def _evaluation_problems(self, split: str) -> ProblemSet:
-        whole = self.problems(split)
-        limit = self._context.recipe.evaluate.num_problems
-        if not limit or limit >= whole.extent.expected:
-            return whole
-        return ProblemSet(problems=whole.problems[:limit], step=whole.step, extent=Extent.of(limit))
-
-    def _max_new_tokens(self) -> int:
-        recipe = self._context.recipe
-        own: int = getattr(recipe.method, "max_new_tokens", 256)
-        return recipe.evaluate.max_new_tokens or own
+        whole, limit = self.problems(split), self._context.recipe.evaluate.num_problems
+        return whole.first(limit) if 0 < limit < whole.extent.expected else whole
 
     # -- names ---------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ class ProblemSet:
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
 
+    def first(self, count: int) -> ProblemSet:
+        """The first ``count`` problems."""
+        return replace(self, problems=self.problems[:count], extent=Extent.of(count))
+
     @property
     def digest(self) -> str:
         return digest([problem.id for problem in self.problems])

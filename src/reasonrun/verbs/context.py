@@ -99,6 +99,12 @@ class Context:
         return int(self.recipe.seed)
 
     @property
+    def evaluation_tokens(self) -> int:
+        """Longest completion of an evaluation: the recipe's, else the method's."""
+        own: int = getattr(self.recipe.method, "max_new_tokens", 256)
+        return self.recipe.evaluate.max_new_tokens or own
+
+    @property
     def attempt_dir(self) -> Path:
         """Folder of this attempt; nothing in it is ever read as a result."""
         return self.run_dir.attempt_dir
