@@ -32,7 +32,7 @@ def code_changed(earlier_attempts: Sequence[Mapping[str, Any]], method: type[Met
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on; absent ones are left out."""
     found = {"reasonrun": reasonrun.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "peft", "vllm", "pyarrow", "numpy", "math-verify"):
+    for package in ("torch", "transformers", "tokenizers", "peft", "vllm", "pyarrow", "numpy", "math-verify", "openai"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -8,7 +8,7 @@ Importing a plug-in module must be cheap: heavy libraries are imported where the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -48,13 +48,18 @@ class Method(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def needs(self) -> Mapping[str, str]:
+        """Styles and capabilities of the task that these settings ask for, each with the setting (below ``method``) that
+        does."""
+        return {}
+
+    def roles(self) -> Mapping[str, str]:
+        """Roles of the models that these settings ask for, each with the setting that does."""
+        return {}
+
     @abstractmethod
     def run(self, lab: Lab) -> Checkpoint:
         """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""
-
-    def needs(self) -> frozenset[str]:
-        """The styles and capabilities of a task that these settings ask for."""
-        return self.requires
 
     def preflight(self) -> Probe | None:
         """What to look at before the run; None for a method that does not learn from its own samples."""

@@ -74,7 +74,10 @@ class Finding(ReasonrunError):
 
 
 class Stopped(ReasonrunError):
-    """A signal asked the run to stop; the same command continues it. Exit 75 for TERM, 130 for Ctrl-C."""
+    """A signal asked the run to stop, or a server that it needs is away; the same command continues it.
+
+    Exit 75, 130 for Ctrl-C.
+    """
 
     exit_code = 75
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from reasonrun.records import FinishReason, Record, Sampling
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import field_validator
+
+from reasonrun.records import FinishReason, Message, Record, Sampling
+from reasonrun.settings import Effect, Settings, setting
 
 
 class Request(Record):
@@ -10,7 +16,9 @@ class Request(Record):
 
     ``key`` identifies the request in the ledger; sample ``index`` of it is drawn from
     ``randomness.row_seed(seed, index)`` and nothing else, so batching never changes a sample. The last ``num_given`` of
-    ``prompt_ids`` are the beginning of the answer itself.
+    ``prompt_ids`` are the beginning of the answer itself. ``messages`` are there for who needs words: a model behind an
+    endpoint, whose ``prompt_ids`` are empty, and a script that plays a judge. Samples in ``done`` are committed already: an
+    engine whose completions are paid for one by one leaves them out.
     """
 
     key: str
@@ -20,6 +28,15 @@ class Request(Record):
     n: int
     seed: int
     sampling: Sampling
+    messages: tuple[Message, ...] = ()
+    done: tuple[int, ...] = ()
+
+
+class Usage(NamedTuple):
+    """Tokens of one completion as the server of a model counts, and bills, them."""
+
+    prompt: int
+    completion: int
 
 
 class Completion(Record):
@@ -31,3 +48,37 @@ class Completion(Record):
     text: str
     finish_reason: FinishReason
     logps: tuple[float, ...] | None = None
+    usage: Usage | None = None
+
+
+class EndpointSettings(Settings):
+    """A model behind an OpenAI-compatible server.
+
+    Its name is the experiment; where it answers is not. The same model may move to another port or provider under a run,
+    and nothing that a server tells would reveal that it is another one.
+    """
+
+    url: str = setting(..., Effect.OPERATIONAL, "Base of the API, such as http://localhost:8000/v1.")
+    model: str = setting(..., Effect.SEMANTIC, "What the server calls the model.", min_length=1)
+    api_key_env: str | None = setting(
+        "OPENAI_API_KEY",
+        Effect.OPERATIONAL,
+        "Environment variable that holds the key; null for a server that asks for none.",
+        pattern=r"^[A-Za-z_]\w*$",
+    )
+    max_parallel: int = setting(8, Effect.OPERATIONAL, "Requests under way at the same time.", ge=1, le=256)
+    timeout_seconds: float = setting(120.0, Effect.OPERATIONAL, "Longest wait for one answer.", gt=0)
+    max_retries: int = setting(
+        5, Effect.OPERATIONAL, "How often a request that failed is tried again, with growing pauses.", ge=0
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must begin with http:// or https:// and a host, and often ends with /v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            # It is shown in messages and stored with the run, so nothing secret may stand in it.
+            raise ValueError("a URL holds no user, password, query or fragment; a key comes from api_key_env")
+        return url.rstrip("/")

@@ -1,21 +1,24 @@
-"""Where models run: inside the supervisor for the scripted engine, in worker processes for every other."""
+"""Where models run: inside the supervisor for the scripted engine, in worker processes for every other, and further
+models behind endpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reasonrun import plugins
 from reasonrun.contracts import Task, TrainEvents
+from reasonrun.engines.endpoint import EndpointEngine
 from reasonrun.engines.scripted import Scripted
 from reasonrun.generation import Completion
 from reasonrun.ledger.run_dir import RunDir
+from reasonrun.models import remote, resolve
 from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.trainers.scripted import ScriptedTrainer
 from reasonrun.training import TrainJob, TrainKind, TrainResult
-from reasonrun.verbs.context import TokenPair, Unit
+from reasonrun.verbs.context import Host, TokenPair, Unit
 
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, TrainingWorker
@@ -104,6 +107,48 @@ class WorkerHost:
     def _pools(self) -> list[GenerationPool | TrainingWorker]:
         generation = [] if self._generation is None else [self._generation]
         return [*generation, *self._training.values()]
+
+
+class EndpointHost:
+    """Another host, and engines for the models that are behind endpoints, by (weights, url)."""
+
+    def __init__(self, local: Host, engines: Mapping[tuple[str, str], EndpointEngine]) -> None:
+        self._local, self._engines = local, engines
+        self.unit_rows = local.unit_rows
+
+    def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
+        if checkpoint.remote:
+            return self._engines[checkpoint.weights, checkpoint.path].generate(units)
+        return self._local.generate(checkpoint, units)
+
+    def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]:
+        return self._local.logprobs(checkpoint, sequences)
+
+    def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
+        return self._local.train(job, events, retry)
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._local.close()
+
+
+def further_models(recipe: ResolvedRecipe) -> dict[str, Checkpoint]:
+    """The models besides the policy, by role, checked. Raises as ``models.resolve`` does."""
+    found = recipe.further_models.items()
+    return {role: remote(model.endpoint) if model.endpoint else resolve(model) for role, model in found}
+
+
+def with_endpoints(local: Host, recipe: ResolvedRecipe, check_stop: Callable[[], None]) -> Host:
+    """``local``, and the recipe's endpoints if it has any. Raises EnvironmentProblem when their package or key is missing:
+    that should be known before hours of sampling, not after."""
+    engines = {}
+    for role, model in recipe.further_models.items():
+        if model.endpoint:
+            checkpoint = remote(model.endpoint)
+            engine = EndpointEngine(model.endpoint, role=role, check_stop=check_stop)
+            engines[checkpoint.weights, checkpoint.path] = engine
+    return EndpointHost(local, engines) if engines else local
 
 
 def scripted_host(

@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from reasonrun.contracts import Grader, Probe, Task
+from reasonrun.curate.group import Curation, Group
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
+from reasonrun.records import Checkpoint, Problem, Sampling, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
+from reasonrun.verbs.asking import About, AskAbout, asks, fitting
 from reasonrun.verbs.context import Context
-from reasonrun.verbs.curating import CurateJob, Curation, curate, cut
+from reasonrun.verbs.curating import CurateJob, curate, cut, group_of
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
 from reasonrun.verbs.preflight import PREFLIGHT_PROBLEMS, PREFLIGHT_SAMPLES, look
-from reasonrun.verbs.sampling import Ask, SampleJob, sample
+from reasonrun.verbs.sampling import SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
 from reasonrun.verbs.training import TrainRequest, train
 
@@ -41,6 +43,20 @@ class Lab:
     def base(self) -> Checkpoint:
         """The policy that the recipe starts from."""
         return self._context.base
+
+    def model(self, role: str) -> Checkpoint:
+        """The model that the recipe names for ``role``; ``policy`` is the base. Raises RecipeError when it names none."""
+        models = {"policy": self.base, **self._context.models}
+        if role not in models:
+            raise RecipeError(
+                f"no model has the role {role!r}; the roles of this recipe are {', '.join(models)}",
+                hint=f"add it to the recipe: models.{role}.name, .path, .hub or .endpoint",
+            )
+        return models[role]
+
+    def group(self, problem: Problem) -> Group:
+        """What curation functions know about a problem, for a prompt that shows a rollout's steps."""
+        return group_of(self._context, problem)
 
     @property
     def task(self) -> Task:
@@ -120,10 +136,12 @@ class Lab:
         sampling: Sampling,
         style: str = "plain",
         turn: str | None = None,
+        prompt: AskAbout | None = None,
         name: str = "sample",
         seed_parts: tuple[str | int, ...] | None = None,
     ) -> RolloutSet:
-        """``n`` completions per problem in a style, per rollout as its next turn, or per prefix as its continuation.
+        """``n`` completions per problem in a style, per rollout as its next turn, per prefix as its continuation, or per
+        rollout or prefix to a question about it.
 
         Args:
             policy: the model that answers.
@@ -132,19 +150,23 @@ class Lab:
             sampling: temperature, filters, length, stop strings.
             style: the task's prompt style (problems only); the answers begin with its opening, if it has one.
             turn: the user's next message (rollouts only); the earlier ids are kept as they are.
+            prompt: makes, of a problem and a rollout or prefix, the messages of a new conversation; it may be a closure,
+                because what it returns is part of the step's fingerprint.
             name: the step's name within the scope.
             seed_parts: start of the request seeds; the run seed and the step's name unless given.
 
         Raises:
-            RecipeError: a prompt does not fit into the context, or ``turn`` is missing for rollouts.
+            RecipeError: a prompt does not fit into the context, rollouts come without ``turn`` and ``prompt``, or an
+                endpoint is asked for what none can do.
         """
         full = self._claim(name)
         problems = source if isinstance(source, ProblemSet) else source.problems
+        kind = "about" if prompt is not None else "turn" if turn is not None else "continuation"
         job = SampleJob(
             name=full,
             policy=policy,
-            asks=self._asks(source, style, turn),
-            kind=style if isinstance(source, ProblemSet) else "turn" if turn is not None else "continuation",
+            asks=asks(self._context, policy, source, style=style, turn=turn, about=prompt),
+            kind=style if isinstance(source, ProblemSet) else kind,
             n=n,
             sampling=sampling,
             seed_parts=seed_parts or (self.seed, full),
@@ -154,37 +176,9 @@ class Lab:
         )
         return sample(self._context, job)
 
-    def _asks(self, source: ProblemSet | RolloutSet | PrefixSet, style: str, turn: str | None) -> Sequence[Ask]:
-        context = self._context
-        if isinstance(source, ProblemSet):
-            asks, opening = [], context.opening(style)
-            for problem in source:
-                messages, ids = context.prompt(problem, style)
-                asks.append(Ask(problem=problem, messages=messages, prompt_ids=ids, given=opening))
-            return asks
-        if isinstance(source, PrefixSet):
-            return [
-                Ask(
-                    problem=context.problems_by_id[prefix.problem_id],
-                    messages=prefix.messages,
-                    prompt_ids=prefix.prompt_ids,
-                    given=prefix.segments,
-                    parent_id=prefix.rollout_ids[0],
-                )
-                for prefix in source
-            ]
-        if turn is None:
-            raise RecipeError("sample from rollouts needs turn=, the user's next message")
-        said = Message(role="user", content=turn)
-        return [
-            Ask(
-                problem=context.problems_by_id[rollout.problem_id],
-                messages=(*rollout.messages, Message(role="assistant", content=rollout.text), said),
-                prompt_ids=context.renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, [said]),
-                parent_id=rollout.id,
-            )
-            for rollout in source
-        ]
+    def fitting(self, model: Checkpoint, source: About, *, prompt: AskAbout, max_new_tokens: int) -> About:
+        """The rollouts or prefixes whose questions fit into the context of ``model``; all when none does."""
+        return fitting(self._context, model, source, prompt, max_new_tokens)
 
     def grade(self, rollouts: RolloutSet, *, grader: Grader | None = None, name: str = "grade") -> GradedSet:
         """A score for every rollout, by the task's verifier unless another grader is given."""
@@ -275,7 +269,7 @@ class Lab:
             )
             return self.grade(rollouts, name=f"{name}/grade-{kind}")
 
-        outcome = evaluate(self._context, full, policy, problems, split, part, self._max_new_tokens())
+        outcome = evaluate(self._context, full, policy, problems, split, part, self._context.evaluation_tokens)
         self.evaluations.append(outcome)
         return outcome
 
@@ -312,16 +306,8 @@ class Lab:
         return evaluate_pairs(self._context, full, scored[0], scored[1], beta)
 
     def _evaluation_problems(self, split: str) -> ProblemSet:
-        whole = self.problems(split)
-        limit = self._context.recipe.evaluate.num_problems
-        if not limit or limit >= whole.extent.expected:
-            return whole
-        return ProblemSet(problems=whole.problems[:limit], step=whole.step, extent=Extent.of(limit))
-
-    def _max_new_tokens(self) -> int:
-        recipe = self._context.recipe
-        own: int = getattr(recipe.method, "max_new_tokens", 256)
-        return recipe.evaluate.max_new_tokens or own
+        whole, limit = self.problems(split), self._context.recipe.evaluate.num_problems
+        return whole.first(limit) if 0 < limit < whole.extent.expected else whole
 
     # -- names ---------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
+from reasonrun.generation import EndpointSettings
 from reasonrun.model_folder import ModelFolder
 from reasonrun.records import Checkpoint, digest
 from reasonrun.rendering import Renderer
@@ -105,6 +106,11 @@ def checked(
         folder = _with_fast_tokenizer(folder, python, notify)
     renderer = Renderer.load(folder)
     return Checkpoint(path=str(folder), weights=weights_digest(folder), tokenizer=renderer.digest)
+
+
+def remote(endpoint: EndpointSettings) -> Checkpoint:
+    """A model behind an endpoint, of which only the name is known; nothing is asked of the server."""
+    return Checkpoint(path=endpoint.url, weights=digest(["endpoint", endpoint.model]), tokenizer="", remote=True)
 
 
 def weights_digest(model_dir: str | Path) -> str:

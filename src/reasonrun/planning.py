@@ -10,7 +10,7 @@ from typing import Any
 
 from reasonrun.engines.scripted import Scripted
 from reasonrun.errors import Finding
-from reasonrun.hosts import scripted_host
+from reasonrun.hosts import further_models, scripted_host
 from reasonrun.lab import Lab
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
@@ -122,6 +122,7 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
             grader=task.grader(),
             renderer=renderer,
             base=base,
+            models=further_models(recipe),
             host=scripted_host(script, task, problems, renderer),
             progress=progress,
             check_stop=lambda: None,

@@ -20,16 +20,18 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_compose import Composition, compose
 from reasonrun.recipe_errors import Path as KeyPath
-from reasonrun.recipe_errors import RecipeProblems, from_pydantic, nearest
+from reasonrun.recipe_errors import RecipeProblems, from_pydantic
 from reasonrun.recipe_fields import (
     EvaluateSettings,
     ModelSettings,
     RecipeField,
+    RoleModelSettings,
     fields_of,
     over_defaults,
     recipe_model,
 )
 from reasonrun.recipe_files import find_recipe, recipes_dir
+from reasonrun.recipe_fit import check_pair, construct, roles_of
 from reasonrun.recipe_values import SECTIONS, expand_names, resolve, secrets, with_value, without
 from reasonrun.records import digest
 from reasonrun.settings import Effect, Settings
@@ -50,7 +52,8 @@ class FieldChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe:
-    """A valid recipe. ``classes`` holds the plug-in classes by section, those of ``trackers`` as a tuple.
+    """A valid recipe. ``classes`` holds the plug-in classes by section, those of ``trackers`` as a tuple; ``models`` has
+    a field for each role, read with ``further_models``.
 
     ``resolved`` is the whole recipe as JSON, defaults included; a value from the environment stands there as the
     expression that reads it. ``fields`` describes every field by dotted path.
@@ -62,6 +65,7 @@ class ResolvedRecipe:
     method: Any
     task: Any
     model: ModelSettings
+    models: Settings
     engine: Any
     launcher: Any
     trackers: tuple[Any, ...]
@@ -76,6 +80,11 @@ class ResolvedRecipe:
     def effects(self) -> dict[str, Effect]:
         """What changing each field under a run means, by dotted path."""
         return {path: field.effect for path, field in self.fields.items()}
+
+    @property
+    def further_models(self) -> dict[str, RoleModelSettings]:
+        """The models besides the policy, by role."""
+        return {role: getattr(self.models, role) for role in type(self.models).model_fields}
 
 
 def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ResolvedRecipe:
@@ -100,16 +109,17 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Res
         composition.report(key_path, "a plug-in's name cannot come from the environment")
         data = without(data, {key_path})
     data = {**{section: {"name": name} for section, name in _DEFAULTS.items()}, **expand_names(data)}
+    roles = roles_of(composition, data)
     classes, settings = _sections(composition, data)
     trackers = _trackers(composition, data)
-    model = recipe_model(settings, None if trackers is None else [own for _, own in trackers])
+    model = recipe_model(settings, None if trackers is None else [own for _, own in trackers], roles)
     fields = dict(fields_of(model))
     data = over_defaults(model, data)
     _check_environment(composition, from_environment, fields)
     valid = _validate(composition, model, data, from_environment)
-    _check_pair(composition, classes, data)
+    check_pair(composition, classes, data)
     if valid is not None and not composition.problems:
-        _construct(composition, classes, valid)
+        construct(composition, classes, valid, roles)
     if composition.problems:
         raise RecipeProblems(composition.problems)
     resolved = valid.model_dump(mode="json")
@@ -216,43 +226,6 @@ def _check_environment(
         if field and field.effect in (Effect.SEMANTIC, Effect.HORIZON):
             message = "part of the experiment, so it cannot come from the environment; pass it on the command line"
             composition.report(path, message)
-
-
-def _check_pair(composition: Composition, classes: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """The task must offer what the method and the evaluation ask for."""
-    method, task = classes["method"], classes["task"]
-    if task is None:
-        return
-    offered = task.styles | task.capabilities
-    names = {section: data[section]["name"] for section in ("method", "task") if classes[section]}
-    lacking = sorted(method.requires - offered) if method else []
-    if lacking:
-        message = f"{names['method']} needs {', '.join(lacking)}, which the task {names['task']} does not offer"
-        composition.report(("method", "name"), message, allowed=tuple(sorted(offered)))
-    evaluate = data.get("evaluate")
-    style = evaluate.get("style") if isinstance(evaluate, Mapping) else None
-    if isinstance(style, str) and style not in task.styles:
-        allowed = tuple(sorted(task.styles))
-        message = f"the task {names['task']} has no style {style!r}"
-        composition.report(("evaluate", "style"), message, allowed=allowed, nearest=nearest(style, allowed))
-
-
-def _construct(composition: Composition, classes: Mapping[str, Any], valid: Any) -> None:
-    """Build task and method once: their constructors know which settings exclude each other, and the method what its
-    settings need of the task."""
-    built: dict[str, Any] = {}
-    for section in ("task", "method"):
-        try:
-            built[section] = classes[section](getattr(valid, section))
-        except RecipeError as error:
-            composition.report((section,), f"{error.message} ({error.hint})" if error.hint else error.message)
-    if len(built) < 2:
-        return
-    offered = built["task"].styles | built["task"].capabilities
-    lacking = sorted(built["method"].needs() - offered)
-    if lacking:
-        message = f"with these settings it needs {', '.join(lacking)}, which the task {valid.task.name} does not offer"
-        composition.report(("method",), message, allowed=tuple(sorted(offered)))
 
 
 def _slug(composition: Composition, fields: Mapping[str, RecipeField]) -> str:

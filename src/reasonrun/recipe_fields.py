@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import GenericAlias
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, create_model, model_validator
 from pydantic.fields import FieldInfo
 
+from reasonrun.generation import EndpointSettings
 from reasonrun.recipe_errors import models_in
 from reasonrun.settings import Effect, Settings, setting
 
@@ -19,6 +20,8 @@ _NAME_EFFECTS = {"launcher": Effect.OPERATIONAL}
 
 class ModelSettings(Settings):
     """The base policy: exactly one of ``name``, ``path`` and ``hub``."""
+
+    sources: ClassVar[tuple[str, ...]] = ("name", "path", "hub")
 
     name: Literal["tiny", "smollm2"] | None = setting(
         None, Effect.SEMANTIC, "A model that comes as a package: tiny with reasonrun, smollm2 with its extra."
@@ -40,15 +43,24 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [key for key in ("name", "path", "hub") if getattr(self, key) is not None]
+        given = [key for key in self.sources if getattr(self, key) is not None]
         if len(given) != 1:
+            allowed = f"{', '.join(self.sources[:-1])} and {self.sources[-1]}"
             raise ValueError(
-                f"exactly one of name, path and hub says where the model is; given: {', '.join(given) or 'none'}"
-                " (model.name=null takes a name back)"
+                f"exactly one of {allowed} says where the model is; given: {', '.join(given) or 'none'}"
+                " (name=null takes a name back)"
             )
         if self.hub is None and (self.revision is not None or self.trust_remote_code_commit is not None):
             raise ValueError("revision and trust_remote_code_commit belong to a hub model")
         return self
+
+
+class RoleModelSettings(ModelSettings):
+    """A further model (judge, teacher, critic …): exactly one of ``name``, ``path``, ``hub`` and ``endpoint``."""
+
+    sources: ClassVar[tuple[str, ...]] = ("name", "path", "hub", "endpoint")
+
+    endpoint: EndpointSettings | None = setting(None, Effect.SEMANTIC, "A model behind an OpenAI-compatible server.")
 
 
 class EvaluateSettings(Settings):
@@ -81,14 +93,21 @@ class RecipeField:
 
 
 def recipe_model(
-    settings: Mapping[str, type[Settings] | None], trackers: Sequence[type[Settings] | None] | None
+    settings: Mapping[str, type[Settings] | None],
+    trackers: Sequence[type[Settings] | None] | None,
+    roles: Sequence[str] = (),
 ) -> type[Settings]:
     """The model of a whole recipe.
 
     Args:
         settings: the settings class of each section; None accepts anything (its name is wrong, and reported).
         trackers: the settings class of each tracker; None when the value is no list.
+        roles: the further models that the recipe names; each is a field, so that it has paths and effects like any other.
     """
+    by_role: dict[str, Any] = {
+        role: (RoleModelSettings, setting(..., Effect.SEMANTIC, f"The model in the role {role}.")) for role in roles
+    }
+    models = create_model("Models", __base__=Settings, **by_role)
     sections: dict[str, Any] = {
         section: (cls or Any, setting(... if cls else None, Effect.SEMANTIC, f"The {section}; see its own fields."))
         for section, cls in settings.items()
@@ -99,6 +118,12 @@ def recipe_model(
         "Recipe",
         __base__=Settings,
         **sections,
+        models=(
+            models,
+            setting(..., Effect.SEMANTIC, "Further models by role: judge, teacher …")
+            if roles
+            else setting(models(), Effect.SEMANTIC, "Further models by role: judge, teacher …"),
+        ),
         trackers=(tracker_type, setting((), Effect.OPERATIONAL, "Where metrics are exported to.")),
         preflight=(
             _PREFLIGHT,

@@ -31,11 +31,16 @@ _HELP = "${section.key} and ${oc.env:NAME} are understood"
 
 
 def expand_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``method: star`` as ``method: {name: star}``, and the same for each tracker."""
+    """``method: star`` as ``method: {name: star}``, and the same for each tracker and each further model."""
     expanded = dict(data)
     for section in SECTIONS:
         if isinstance(expanded.get(section), str) and not expanded[section].startswith("${"):
             expanded[section] = {"name": expanded[section]}
+    if isinstance(expanded.get("models"), Mapping):
+        expanded["models"] = {
+            role: {"name": item} if isinstance(item, str) and not item.startswith("${") else item
+            for role, item in expanded["models"].items()
+        }
     if isinstance(expanded.get("trackers"), list):
         expanded["trackers"] = [{"name": item} if isinstance(item, str) else item for item in expanded["trackers"]]
     return expanded

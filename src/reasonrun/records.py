@@ -78,14 +78,16 @@ class Rollout(Record):
     ``id`` is the row key: the request key, a dash, the sample index. ``parent_id`` names the rollout that this one
     continues, corrects or retries. ``prompt_ids`` are the rendered messages; ``segments`` hold what came after them: what
     was put in the model's mouth (``loss`` false), then what it sampled, the end-of-sequence token included when the model
-    produced it.
+    produced it. A model behind an endpoint gives text and no ids: ``prompt_ids`` and ``segments`` of its rollouts are empty.
     """
 
     id: str
     problem_id: str
     index: int
     parent_id: str | None = None
-    kind: str  # what it answers: a style (plain, few_shot, hinted), a turn, a continuation …
+    kind: (
+        str  # what it answers: a style (plain, few_shot, hinted), a turn, a continuation, a question about its parent …
+    )
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     segments: tuple[Segment, ...]
@@ -214,10 +216,11 @@ class LeftOut(Record):
 
 
 class Checkpoint(Record):
-    """A model on disk.
+    """A model on disk, or behind an endpoint.
 
     ``weights`` is the digest of the weights, ``tokenizer`` that of tokenizer and chat template together. ``step``
-    names the durable step that made it (empty for a model that the run started from).
+    names the durable step that made it (empty for a model that the run started from). Of a ``remote`` model nothing but
+    its name is known: ``weights`` is a digest of that, ``path`` the URL, ``tokenizer`` empty.
     """
 
     path: str
@@ -226,3 +229,4 @@ class Checkpoint(Record):
     parent: str | None = None
     step: str = ""
     optimizer_path: str | None = None
+    remote: bool = False

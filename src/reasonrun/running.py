@@ -11,7 +11,7 @@ from typing import Any
 from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.conditions import conditions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
-from reasonrun.hosts import WorkerHost, engine_is_scripted, scripted_host
+from reasonrun.hosts import WorkerHost, engine_is_scripted, further_models, scripted_host, with_endpoints
 from reasonrun.lab import Lab
 from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.catalogue import run_identity
@@ -128,7 +128,8 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         grader=task.grader(),
         renderer=renderer,
         base=base,
-        host=host,
+        models=further_models(recipe),
+        host=with_endpoints(host, recipe, check_stop),
         progress=progress,
         check_stop=check_stop,
         code_changed=not options.accept_code and code_changed(run_dir.earlier_attempts, recipe.classes["method"]),
@@ -166,7 +167,7 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
-        dev = list(lab.evaluations)
+        dev = _of_policies(lab)
         best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
         chosen = {"base": lab.base, "last": last, "best": best.policy}
         tests: dict[str, Evaluation] = {}
@@ -190,14 +191,20 @@ def measured(lab: Lab) -> dict[str, Any]:
     return {"policy": _checkpoint(evaluation.policy), "step": evaluation.step, **evaluation.metrics}
 
 
+def _of_policies(lab: Lab) -> list[Evaluation]:
+    """The evaluations of what the run may end with: a judge or teacher that was measured, too, was not trained here."""
+    return [e for e in lab.evaluations if e.policy.step or e.policy.weights == lab.base.weights]
+
+
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"step": checkpoint.step or "base", "weights": checkpoint.weights}
 
 
 def _best_so_far(lab: Lab) -> str:
-    if not lab.evaluations:
+    evaluations = _of_policies(lab)
+    if not evaluations:
         return ""
-    best = max(lab.evaluations, key=lambda evaluation: evaluation.headline)
+    best = max(evaluations, key=lambda evaluation: evaluation.headline)
     where = best.policy.path if best.policy.step else "the base model"
     return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
 

@@ -7,8 +7,8 @@ rehearsal it also carries an ``Extent``: how large it will be in the real run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,10 @@ class ProblemSet:
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
 
+    def first(self, count: int) -> ProblemSet:
+        """The first ``count`` problems."""
+        return replace(self, problems=self.problems[:count], extent=Extent.of(count))
+
     @property
     def digest(self) -> str:
         return digest([problem.id for problem in self.problems])
@@ -82,6 +86,12 @@ class RolloutSet:
         for part in self.rows.parts():
             running.update(digest(part.column("id")).encode())
         return running.hexdigest()[:32]
+
+    def where(self, keep: Callable[[Rollout], bool]) -> RolloutSet:
+        """The rollouts that ``keep`` accepts."""
+        kept = np.fromiter(map(keep, self.rows), bool, len(self))
+        share = float(kept.mean()) if len(self) else 0.0
+        return replace(self, rows=self.rows.take(kept), extent=self.extent.share(share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +207,9 @@ class PrefixSet:
 
     def __iter__(self) -> Iterator[Prefix]:
         return iter(self.rows)
+
+    def where(self, keep: Callable[[Prefix], bool]) -> PrefixSet:
+        """The prefixes that ``keep`` accepts."""
+        kept = np.fromiter(map(keep, self.rows), bool, len(self))
+        share = float(kept.mean()) if len(self) else 0.0
+        return replace(self, rows=self.rows.take(kept), extent=self.extent.share(share))

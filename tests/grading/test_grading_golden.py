@@ -14,6 +14,8 @@ import pytest
 
 from reasonrun.grading.number import NumberGrader
 from reasonrun.grading.symbolic import SymbolicGrader
+from reasonrun.grading.verdict import StepVerdictGrader
+from reasonrun.grading.written import WrittenGrader
 from reasonrun.records import Message, Problem, Score
 
 GOLDEN_DIR = Path(__file__).parent.parent / "golden"
@@ -46,3 +48,24 @@ def test_symbolic_verdicts_are_the_golden_ones() -> None:
     with closing(SymbolicGrader(SymbolicGrader.Settings(num_workers=1))) as grader:
         scores = list(grader.grade_many((problem(row["reference"]), row["text"], False) for row in rows))
     assert scores == [expected(row, "symbolic-1") for row in rows]
+
+
+@pytest.mark.parametrize("row", corpus(StepVerdictGrader.id), ids=lambda row: f"{row['reason']}|{row['text'][-30:]!a}")
+def test_step_verdict_is_the_golden_one(row: dict[str, Any]) -> None:
+    score = StepVerdictGrader().grade(problem(""), row["text"], truncated=row["truncated"])
+    assert score == expected(row, "step-verdict-1")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "answer"),
+    [("Step 1: correct; Step 2: neutral", "2"), ("Step 1: neutral; Step 2: incorrect", "1"), ("1: correct", None)],
+)
+def test_a_neutral_step_counts_as_wrong_where_that_is_asked_for(verdicts: str, answer: str | None) -> None:
+    grader = StepVerdictGrader(StepVerdictGrader.Settings(neutral_is_error=True))
+    assert grader.grade(problem(""), f"### Final decision\n{verdicts}", truncated=False).answer == answer
+
+
+@pytest.mark.parametrize("row", corpus(WrittenGrader.id), ids=lambda row: f"{row['text']!a}|{row['truncated']}")
+def test_written_verdict_is_the_golden_one(row: dict[str, Any]) -> None:
+    score = WrittenGrader().grade(problem(""), row["text"], truncated=row["truncated"])
+    assert score == expected(row, "written-1")

@@ -146,9 +146,9 @@ def test_errors_that_cannot_be_repaired_are_a_finding_with_counts(tmp_path):
 
 
 def test_what_the_settings_need_of_the_task_is_checked():
-    with pytest.raises(RecipeProblems, match="it needs steps, which the task arith does not offer"):
+    with pytest.raises(RecipeProblems, match="this needs steps, which the task arith does not offer"):
         load("smoke_step_dpo", ["method.style=steps"])
-    with pytest.raises(RecipeProblems, match="it needs first_error"):
+    with pytest.raises(RecipeProblems, match="this needs first_error"):
         load("step_dpo_gsm8k", ["method.localize.kind=programmatic"])
 
 

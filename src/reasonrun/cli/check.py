@@ -36,6 +36,8 @@ def summary(recipe: ResolvedRecipe) -> str:
     """The parts that a recipe puts together, in one line."""
     parts: dict[str, Any] = {section: recipe.resolved[section]["name"] for section in ("method", "task", "engine")}
     parts["model"] = recipe.model.name or recipe.model.path or recipe.model.hub
+    for role, model in recipe.further_models.items():
+        parts[role] = model.endpoint.model if model.endpoint else model.name or model.path or model.hub
     parts["launcher"] = recipe.resolved["launcher"]["name"]
     if recipe.trackers:
         parts["trackers"] = "+".join(tracker["name"] for tracker in recipe.resolved["trackers"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from reasonrun.curate.steps import Steps
 from reasonrun.records import Chosen, Graded, LeftOut, Prefix, Problem, Rollout, Segment, SFTExample
 
-F = TypeVar("F", bound=Callable[..., Iterator[Chosen | LeftOut]])
+Curation = Callable[..., Iterator[Chosen | LeftOut]]
+F = TypeVar("F", bound=Curation)
 
 
 def _absent(*_: object) -> NoReturn:
@@ -26,7 +27,8 @@ class Group:
     (``labels``, ``lines``, or ``task`` for the task's own), or says why it cannot. ``first_error(text)`` and
     ``solution()`` are the task's, for tasks that have them. ``written_steps(text, how)`` are the ids of the steps of a
     text that somebody else wrote, without their labels, the last one closed by the end-of-sequence token.
-    ``context_length`` is the model's, in tokens. A test that makes a group by hand may leave out what its function does
+    ``texts(text, how)`` are those steps as text. ``encode`` and ``decode`` are the policy's tokenizer, special tokens left
+    out. ``context_length`` is the model's, in tokens. A test that makes a group by hand may leave out what its function does
     not ask for.
     """
 
@@ -35,6 +37,9 @@ class Group:
     gold: Callable[[], Segment]
     steps: Callable[[Rollout, str], Steps | str] = _absent
     written_steps: Callable[[str, str], list[tuple[int, ...]] | str] = _absent
+    texts: Callable[[str, str], list[str] | str] = _absent
+    encode: Callable[[str], tuple[int, ...]] = _absent
+    decode: Callable[[Sequence[int]], str] = _absent
     first_error: Callable[[str], int | str] = _absent
     solution: Callable[[], str] = _absent
     context_length: int = 1 << 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,18 @@ class Turn:
     def is_whole(self) -> bool:
         """Whether the step ended by itself: another one follows, or the completion did."""
         return not (self.is_last and self.row.rollout.truncated)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corrected:
+    """A step that somebody else wrote in the place of a wrong one, and the rollouts that it is from."""
+
+    ids: tuple[int, ...]
+    rollout_ids: tuple[str, ...] = ()
+
+
+Correction = Callable[[Turn, int], Corrected | str]
+"""Corrects a wrong step, by its number; or says why it cannot."""
 
 
 def _turn(group: Group, row: Graded, start: int, steps: str) -> tuple[Turn, int] | str:
@@ -76,13 +88,32 @@ def error_pairs(
         form: what to make of them.
         min_gain: see ``checked``.
     """
+
+    def solved(loser: Turn, number: int) -> Corrected | str:
+        return _in_solution(group, loser, number, steps)
+
+    yield from pairs_of_errors(group, tried, rectified, checked, solved, steps, cap, form, min_gain)
+
+
+def pairs_of_errors(
+    group: Group,
+    tried: Sequence[Graded],
+    rectified: Sequence[Graded],
+    checked: Sequence[Sequence[Graded]],
+    correction: Correction,
+    steps: str,
+    cap: int,
+    form: Form,
+    min_gain: float,
+) -> Iterator[Example | LeftOut]:
+    """``error_pairs``, with the form ``teacher`` from ``correction``."""
     children: dict[str | None, list[Graded]] = {}
     for row in rectified:
         children.setdefault(row.rollout.parent_id, []).append(row)
     rates = success_rates([row for rows in checked for row in rows])
     for row in tried:
         if row.rollout.id in children:
-            yield from _pairs(group, row, children[row.rollout.id], rates, steps, cap, form, min_gain)
+            yield from _pairs(group, row, children[row.rollout.id], rates, correction, steps, cap, form, min_gain)
         else:
             yield LeftOut(rollout_id=row.rollout.id, reason="correct" if row.correct else "not_located")
     for rows in checked:
@@ -122,6 +153,7 @@ def _pairs(
     error: Graded,
     continuations: Sequence[Graded],
     rates: dict[str | None, float],
+    correction: Correction,
     steps: str,
     cap: int,
     form: Form,
@@ -145,7 +177,7 @@ def _pairs(
         if isinstance(winner, str):
             yield LeftOut(rollout_id=row.rollout.id, reason=winner)
             continue
-        example = _example(group, winner, loser, number, steps, form)
+        example = _example(group, winner, loser, number, correction, form)
         if isinstance(example, str):
             yield LeftOut(rollout_id=row.rollout.id, reason=example)
             continue
@@ -164,10 +196,10 @@ def _winner(group: Group, row: Graded, loser: Turn, number: int, steps: str) -> 
     winner, winning_number = found
     if winning_number != number:
         return "other_step"
-    return _refused(winner.ids, winner.is_last, loser) or winner
+    return refused(winner.ids, winner.is_last, loser) or winner
 
 
-def _refused(ids: tuple[int, ...], is_last: bool, loser: Turn) -> str | None:
+def refused(ids: tuple[int, ...], is_last: bool, loser: Turn) -> str | None:
     """Why a step cannot stand against the loser: a pair must not teach length or format instead of reasoning."""
     if ids == loser.ids:
         return "same_as_rejected"
@@ -179,7 +211,16 @@ def _gain(rates: dict[str | None, float], winner: Turn, loser: Turn) -> float:
     return rates.get(winner.row.rollout.id, 1.0) - rates.get(loser.row.rollout.id, 0.0)
 
 
-def _example(group: Group, winner: Turn, loser: Turn, number: int, steps: str, form: Form) -> Example | str:
+def _in_solution(group: Group, loser: Turn, number: int, steps: str) -> Corrected | str:
+    """The step of the task's own solution."""
+    written = group.written_steps(group.solution(), steps)
+    if isinstance(written, str) or number > len(written):
+        return "teacher_has_no_such_step"
+    ids = written[number - 1]
+    return refused(ids, number == len(written), loser) or Corrected(ids=ids)
+
+
+def _example(group: Group, winner: Turn, loser: Turn, number: int, correction: Correction, form: Form) -> Example | str:
     error, row = loser.row.rollout, winner.row.rollout
     prefix = error.prompt_ids + error.completion_ids[: loser.start]
     if form == "sft":
@@ -189,21 +230,19 @@ def _example(group: Group, winner: Turn, loser: Turn, number: int, steps: str, f
             problem_id=group.problem.id, rollout_ids=(row.id, error.id), segments=(given, learnt), source="self"
         )
     chosen, rejected, source = winner.ids, loser.ids, "self"
+    others: tuple[str, ...] = ()
     if form == "response":
         opening = error.num_given_tokens
         prefix = error.prompt_ids + error.completion_ids[:opening]
         chosen, rejected = row.completion_ids[opening:], error.completion_ids[opening:]
     if form == "teacher":
-        written = group.written_steps(group.solution(), steps)
-        if isinstance(written, str) or number > len(written):
-            return "teacher_has_no_such_step"
-        refused = _refused(written[number - 1], number == len(written), loser)
-        if refused:
-            return refused
-        chosen, source = written[number - 1], "teacher"
+        corrected = correction(loser, number)
+        if isinstance(corrected, str):
+            return corrected
+        chosen, source, others = corrected.ids, "teacher", corrected.rollout_ids
     return PreferenceExample(
         problem_id=group.problem.id,
-        rollout_ids=(row.id, error.id),
+        rollout_ids=(row.id, error.id, *others),
         prefix_ids=prefix,
         chosen_ids=chosen,
         rejected_ids=rejected,

@@ -6,8 +6,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-_LABEL = re.compile(r"^[ \t]*(?:#+ |\*\*)?Step (\d+)(?:\*\*)?[:.](?:\*\*)?", re.MULTILINE)
+LABEL = re.compile(r"^[ \t]*(?:#+ |\*\*)?Step (\d+)(?:\*\*)?[:.](?:\*\*)?", re.MULTILINE)
 _LINE = re.compile(r"^[ \t]*\S", re.MULTILINE)
 
 Marks = Sequence[tuple[int, int]]
@@ -53,7 +54,7 @@ def labelled(text: str) -> Marks | str:
     Returns:
         The marks, or why there are none: ``no_labels``, ``labels_not_consecutive``.
     """
-    found = list(_LABEL.finditer(text))
+    found = list(LABEL.finditer(text))
     if not found:
         return "no_labels"
     if [int(match[1]) for match in found] != list(range(1, len(found) + 1)):
@@ -67,6 +68,17 @@ def lines(text: str) -> Marks | str:
 
 
 SEGMENTERS: dict[str, Callable[[str], Marks | str]] = {"labels": labelled, "lines": lines}
+
+
+def numbered(text: str, starts: Sequence[int]) -> str:
+    """A solution for somebody else to read: each step that begins at ``starts`` under its own number, in place of the
+    label that it has; what comes before them stays."""
+    parts = [text[: starts[0]].strip()] if starts else []
+    for number, (start, end) in enumerate(pairwise([*starts, len(text)]), start=1):
+        step = text[start:end].strip()
+        label = LABEL.match(step)
+        parts.append(f"Step {number}: {step[label.end() :].strip() if label else step}")
+    return "\n".join(part for part in parts if part)
 
 
 def on_tokens(text: str, places: Sequence[int], marks: Marks) -> Steps | str:

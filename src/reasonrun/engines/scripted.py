@@ -18,6 +18,7 @@ import numpy as np
 from reasonrun.contracts import Task
 from reasonrun.errors import RunFailed
 from reasonrun.generation import Completion, Request
+from reasonrun.prompts import step_correction, step_verdict
 from reasonrun.randomness import derive_seed, row_seed, uniforms
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
@@ -77,7 +78,14 @@ class Scripted:
         fate, luck = (float(uniforms(np.array([seed], dtype=np.uint64), position)[0]) for position in (0, 1))
         ease = self.settings.spread * (derive_seed("ease", problem.id) % 1000 / 1000 - 0.5)
         given = self._renderer.decode(request.prompt_ids[len(request.prompt_ids) - request.num_given :])
-        text = self._task.scripted_answer(problem, correct=luck < self.skill + ease, seed=seed, prefix=given)
+
+        def answer(prefix: str) -> str:
+            return self._task.scripted_answer(problem, correct=luck < self.skill + ease, seed=seed, prefix=prefix)
+
+        said = request.messages and (
+            step_verdict.scripted(request.messages, seed) or step_correction.scripted(request.messages, answer)
+        )
+        text = said or answer(given)
         if fate < self.settings.unanswered:
             text = "I do not know."
         ids = (*self._renderer.encode(text), self._renderer.eos_ids[0])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
+from reasonrun.curate.group import Curation
+from reasonrun.curate.judging import ask_teacher
 from reasonrun.curate.locating import LocateSettings, locate
-from reasonrun.curate.pairs import Form, error_pairs, step_ends
+from reasonrun.curate.pairs import Form, error_pairs
+from reasonrun.curate.rectifying import RectifySettings, rectify
+from reasonrun.curate.taught import taught_pairs
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -32,24 +37,6 @@ class CollectSettings(SettingsBase):
     top_p: float = setting(0.95, Effect.SEMANTIC, "Nucleus filter; 1 is off.", gt=0, le=1)
 
 
-class RectifySettings(SettingsBase):
-    """How right steps are found for the wrong ones."""
-
-    num_samples: int = setting(20, Effect.SEMANTIC, "Continuations of each error's prefix.", ge=1)
-    temperature: float = setting(0.8, Effect.SEMANTIC, "Sampling temperature.", gt=0)
-    top_p: float = setting(0.95, Effect.SEMANTIC, "Nucleus filter; 1 is off.", gt=0, le=1)
-    pairs_per_error: int = setting(4, Effect.SEMANTIC, "Most pairs of one error; 0 is no cap.", ge=0)
-    check_continuations: int = setting(
-        0,
-        Effect.SEMANTIC,
-        "Continuations after each winning and wrong step, to compare their success; 0 is no check.",
-        ge=0,
-    )
-    min_gain: float = setting(
-        0.0, Effect.SEMANTIC, "By how much the winning step's success must exceed the wrong one's.", ge=0, le=1
-    )
-
-
 class StepDPO(Method):
     """Find the first wrong step of wrong solutions, let the model try again from there, learn to prefer the new step.
 
@@ -61,13 +48,13 @@ class StepDPO(Method):
 
     One round as published; more rounds collect with the trained model. ``arm`` chooses what is made of the same (error,
     right continuation) rows: ``step_dpo``; ``full_dpo``, whole solutions instead of steps; ``step_dpo_teacher``, the
-    step of the task's own solution wins; ``sft_chosen_step``, the winning step is imitated. All arms take the same number
-    of optimizer steps with ``num_steps``.
+    step of the task's own solution or of a teacher model wins; ``sft_chosen_step``, the winning step is imitated. All
+    arms take the same number of optimizer steps with ``num_steps``.
 
     Departures from the paper and its code:
 
-    - step k is found by the model's own continuations (``mc_rollout``) or by the task's program; the paper asks GPT-4o,
-      which sees a correct solution.
+    - step k is found by the model's own continuations (``mc_rollout``) unless ``localize.kind`` says otherwise; the paper
+      asks GPT-4o, which sees a correct solution (``llm_with_ref``), and takes a neutral step for a wrong one.
     - pairs per error are capped at 4; the paper has no cap.
     - a pair needs two steps that are both the last of their solutions, or neither: else it would teach length.
     - prompts are never cut from the left; pairs longer than ``dpo.max_length`` are left out and counted.
@@ -87,6 +74,9 @@ class StepDPO(Method):
         name: Literal["step_dpo"] = "step_dpo"
         arm: Literal["step_dpo", "full_dpo", "step_dpo_teacher", "sft_chosen_step"] = setting(
             "step_dpo", Effect.SEMANTIC, "What is learnt of the errors; the others are comparisons and a control."
+        )
+        teacher: str = setting(
+            "task", Effect.SEMANTIC, "step_dpo_teacher: who writes the winning step, the task or the model of a role."
         )
         rounds: int = setting(1, Effect.HORIZON, "Rounds of collecting and training; the paper has one.", ge=1)
         style: str = setting("steps", Effect.SEMANTIC, "Prompt style of the solutions.", min_length=1)
@@ -115,6 +105,21 @@ class StepDPO(Method):
             "Training of the arm sft_chosen_step.",
         )
 
+    def needs(self) -> Mapping[str, str]:
+        config = self.config
+        needs = {capability: f"localize.{key}" for capability, key in config.localize.needs().items()}
+        solution = {"solution": "teacher"} if self.teaches and config.teacher == "task" else {}
+        return {config.style: "style", **needs, **solution}
+
+    def roles(self) -> Mapping[str, str]:
+        localize, teacher = self.config.localize, self.config.teacher
+        judges = {localize.judge: "localize.judge"} if localize.asks_judge else {}
+        return {**judges, teacher: "teacher"} if self.teaches and teacher != "task" else judges
+
+    @property
+    def teaches(self) -> bool:
+        return bool(self.config.arm == "step_dpo_teacher")
+
     def run(self, lab: Lab) -> Checkpoint:
         config = self.config
         policy = lab.base
@@ -139,16 +144,6 @@ class StepDPO(Method):
                 lab.evaluate_pairs(policy, held_out, reference=lab.base, beta=config.dpo.beta)
         return policy
 
-    def needs(self) -> frozenset[str]:
-        """The prompt style, and what locator and arm ask of the task."""
-        config = self.config
-        asked = {
-            "segment": config.localize.steps == "task",
-            "first_error": config.localize.kind == "programmatic",
-            "solution": config.arm == "step_dpo_teacher",
-        }
-        return frozenset({config.style, *(capability for capability, is_asked in asked.items() if is_asked)})
-
     def preflight(self) -> Probe:
         """It learns from wrong answers to problems that the model can solve."""
         sampling = self.sampling(self.config.collect)
@@ -161,32 +156,26 @@ class StepDPO(Method):
     def examples(self, lab: Lab, policy: Checkpoint, problems: ProblemSet, form: Form) -> ExampleSet:
         """Collect, localize, rectify: what one round learns from."""
         config = self.config
-        collect, rectify, how = config.collect, config.rectify, {"steps": config.localize.steps}
+        collect, how = config.collect, {"steps": config.localize.steps}
         solutions = lab.sample(
             policy, problems, style=config.style, n=collect.num_samples, sampling=self.sampling(collect), name="collect"
         )
         tried = lab.grade(solutions, name="grade-collected")
         with lab.scope("localize"):
             prefixes = locate(lab, policy, tried, config.localize, config.max_new_tokens)
-        continuations = lab.sample(
-            policy, prefixes, n=rectify.num_samples, sampling=self.sampling(rectify), name="rectify"
-        )
-        rectified = lab.grade(continuations, name="grade-rectified")
-        checked = []
-        if rectify.check_continuations:
-            ends = lab.cut(step_ends, tried, rectified, name="step-ends", **how)
-            tries = lab.sample(
-                policy, ends, n=rectify.check_continuations, sampling=self.sampling(rectify), name="check"
-            )
-            checked = [lab.grade(tries, name="grade-checked")]
+        rectified = rectify(lab, policy, tried, prefixes, config.rectify, self.sampling(config.rectify), **how)
+        curation: Curation = error_pairs
+        if form == "teacher" and config.teacher != "task":
+            curation = taught_pairs
+            taught = ask_teacher(lab, config.teacher, prefixes, rectified[0], self.sampling(config.rectify))
+            rectified.insert(1, taught)
         return lab.curate(
-            error_pairs,
+            curation,
             tried,
-            rectified,
-            *checked,
+            *rectified,
             name=f"pairs-{form}",
-            cap=rectify.pairs_per_error,
-            min_gain=rectify.min_gain,
+            cap=config.rectify.pairs_per_error,
+            min_gain=config.rectify.min_gain,
             form=form,
             **how,
         )

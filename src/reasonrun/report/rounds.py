@@ -66,7 +66,7 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
         return
     elif verb == "sample":
         line.num_tokens += row["num_completion_tokens"]
-    elif verb == "grade":
+    elif verb == "grade" and "grader" not in row:  # a judge's verdicts are no tries
         line.num_rollouts += row["num_rollouts"]
         line.num_correct += row["num_correct"]
     elif verb == "curate":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from reasonrun.ledger.borrowing import Donors
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.recipe import ResolvedRecipe
-from reasonrun.records import Checkpoint, Message, Problem, Segment
+from reasonrun.records import Checkpoint, Message, Problem, Rollout, Segment
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
 from reasonrun.training import TrainJob, TrainResult
@@ -81,6 +81,7 @@ class Context:
     grader: Grader
     renderer: Renderer
     base: Checkpoint
+    models: Mapping[str, Checkpoint]  # the further ones, by role
     host: Host
     progress: Progress
     check_stop: Callable[[], None]
@@ -94,10 +95,17 @@ class Context:
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
     donors: Donors | None = None  # other runs that may have made a step already
     borrowed: set[str] = field(default_factory=set)  # steps taken from them in this attempt
+    _renderers: dict[str, Renderer] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
         return int(self.recipe.seed)
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Longest completion of an evaluation: the recipe's, else the method's."""
+        own: int = getattr(self.recipe.method, "max_new_tokens", 256)
+        return self.recipe.evaluate.max_new_tokens or own
 
     @property
     def attempt_dir(self) -> Path:
@@ -156,14 +164,31 @@ class Context:
             self.run_dir.write_projection("metrics.jsonl", self.rows)
         self.on_row(row)
 
+    def renderer_of(self, checkpoint: Checkpoint) -> Renderer:
+        """The policy's renderer, or that of a further model with another tokenizer or template."""
+        if checkpoint.tokenizer == self.renderer.digest:
+            return self.renderer
+        if checkpoint.tokenizer not in self._renderers:
+            self._renderers[checkpoint.tokenizer] = Renderer.load(checkpoint.path)
+        return self._renderers[checkpoint.tokenizer]
+
+    def tokenizer_of(self, rollout: Rollout) -> str:
+        """Digest of the tokenizer that the ids of ``rollout`` are of: a further model's own, else the policy's."""
+        others = (m for m in self.models.values() if m.weights == rollout.policy != self.base.weights)
+        return next((model.tokenizer for model in others), self.renderer.digest)
+
+    def rendered(self, checkpoint: Checkpoint, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a conversation for ``checkpoint``; none for a remote one, which reads words."""
+        return () if checkpoint.remote else self.renderer_of(checkpoint).render(messages)
+
     def prompt(self, problem: Problem, style: str) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-        """The conversation that asks ``problem`` in ``style``, and its rendered ids."""
+        """The conversation that asks ``problem`` in ``style``, and its ids for the policy."""
         messages = self.task.messages(problem, style)
         return messages, self.renderer.render(messages)
 
-    def opening(self, style: str) -> tuple[Segment, ...]:
+    def opening(self, style: str, renderer: Renderer) -> tuple[Segment, ...]:
         """The beginning that every answer in ``style`` is given."""
-        ids = self.renderer.encode(self.task.opening(style))
+        ids = renderer.encode(self.task.opening(style))
         return (Segment(token_ids=ids, src="prompt", loss=False),) if ids else ()
 
     @contextmanager

@@ -4,14 +4,14 @@ left out."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from reasonrun.curate.group import Group
+from reasonrun.curate.group import Curation, Group
 from reasonrun.curate.steps import SEGMENTERS, Marks, Steps, on_tokens
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
@@ -22,8 +22,6 @@ from reasonrun.verbs.context import Context, PlannedStep
 
 if TYPE_CHECKING:
     from reasonrun.ledger.tables import TableWriter
-
-Curation = Callable[..., Iterator[Chosen | LeftOut]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,12 +195,18 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         found = marks(text, how)
         return found if isinstance(found, str) else on_tokens(text, places, found)
 
-    def written_steps(text: str, how: str) -> list[tuple[int, ...]] | str:
+    def texts(text: str, how: str) -> list[str] | str:
         found = marks(text, how)
         if isinstance(found, str):
             return found
         ends = [start for start, _ in found[1:]] + [len(text)]
-        parts = [renderer.encode(text[body:end]) for (_, body), end in zip(found, ends, strict=True)]
+        return [text[body:end] for (_, body), end in zip(found, ends, strict=True)]
+
+    def written_steps(text: str, how: str) -> list[tuple[int, ...]] | str:
+        found = texts(text, how)
+        if isinstance(found, str):
+            return found
+        parts = [renderer.encode(part) for part in found]
         return [*parts[:-1], (*parts[-1], renderer.eos_ids[0])]
 
     return Group(
@@ -211,6 +215,9 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         gold=gold,
         steps=steps,
         written_steps=written_steps,
+        texts=texts,
+        encode=renderer.encode,
+        decode=renderer.decode,
         first_error=lambda text: task.first_error(problem, text),
         solution=lambda: task.solution(problem),
         context_length=renderer.context_length,

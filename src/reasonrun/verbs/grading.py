@@ -67,9 +67,11 @@ def _grade(ctx: Context, step: OpenStep, rollouts: RolloutSet, grader: Grader) -
         "num_correct": num_correct,
         "num_ungraded": num_ungraded,
         "reasons": dict(sorted(counts.items())),
+        **({} if grader is ctx.grader else {"grader": grader.id}),
     }
     committed = step.commit(result)
-    ctx.progress.end(step.name, f"{num_correct} of {total} correct")
+    what = "correct" if grader is ctx.grader else "read"
+    ctx.progress.end(step.name, f"{num_correct} of {total} {what}")
     return committed
 
 

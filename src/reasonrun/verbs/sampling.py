@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,12 @@ from reasonrun.generation import Completion, Request
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.ledger.wal import Wal
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Message, Problem, Rollout, Sampling, Segment, digest
+from reasonrun.records import Checkpoint, Rollout, Sampling, Segment, digest
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent, ProblemSet, RolloutSet
 from reasonrun.sets import Rows
+from reasonrun.verbs.asking import Ask
 from reasonrun.verbs.context import Context, PlannedStep, Unit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """One prompt to sample from: a problem in a style, the next turn of a rollout, the beginning of one.
-
-    ``given`` is the beginning of the answer, put in the model's mouth.
-    """
-
-    problem: Problem
-    messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    given: tuple[Segment, ...] = ()
-    parent_id: str | None = None
-
-    @property
-    def given_ids(self) -> tuple[int, ...]:
-        return tuple(i for segment in self.given for i in segment.token_ids)
-
-    @property
-    def all_ids(self) -> tuple[int, ...]:
-        """What the engine goes on from."""
-        return self.prompt_ids + self.given_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +40,18 @@ class SampleJob:
     inputs: tuple[str, ...]
     extent: Extent  # of the asks
 
-    def request(self, ordinal: int) -> Request:
+    def request(self, ordinal: int, done: tuple[int, ...] = ()) -> Request:
         """The request of one ask; its key holds everything that the completions depend on."""
         ask = self.asks[ordinal]
-        all_ids = ask.all_ids
-        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(list(all_ids)))
+        all_ids, identity = ask.all_ids, ask.identity
+        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(identity))
         key = digest(
             [
                 self.policy.weights,
                 self.policy.tokenizer,
                 ask.problem.id,
                 ask.parent_id,
-                list(all_ids),
+                identity,
                 self.sampling.model_dump(mode="json"),
                 list(self.seed_parts),
             ]
@@ -86,12 +64,15 @@ class SampleJob:
             n=self.n,
             seed=seed,
             sampling=self.sampling,
+            messages=ask.messages if ask.in_words else (),
+            done=done,
         )
 
-    def rollout(self, row: int, completion: dict[str, Any], renderer: Renderer) -> Rollout:
+    def rollout(self, row: int, completion: dict[str, Any], renderer: Renderer | None) -> Rollout:
         """The record of row ``row`` (ask-major) from its logged completion."""
         ask, request = self.asks[row // self.n], self.request(row // self.n)
         logps = completion["logps"]
+        sampled = Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)
         return Rollout(
             id=f"{request.key}-{row % self.n}",
             problem_id=ask.problem.id,
@@ -100,8 +81,8 @@ class SampleJob:
             kind=self.kind,
             messages=ask.messages,
             prompt_ids=ask.prompt_ids,
-            segments=(*ask.given, Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)),
-            text=_whole_text(ask, completion, renderer) if ask.given else completion["text"],
+            segments=() if self.policy.remote else (*ask.given, sampled),
+            text=_whole_text(ask, completion, renderer) if renderer and ask.given else completion["text"],
             finish_reason=completion["finish"],
             logps=None if logps is None else tuple(logps),
             policy=self.policy.weights,
@@ -185,9 +166,9 @@ def _plan(ctx: Context, job: SampleJob, step: Committed) -> None:
 
 def _check_context(ctx: Context, job: SampleJob) -> None:
     longest = max(job.asks, key=lambda ask: len(ask.all_ids), default=None)
-    if longest is None:
+    if longest is None or job.policy.remote:  # an endpoint does not tell how much it can read
         return
-    limit = ctx.renderer.context_length
+    limit = ctx.renderer_of(job.policy).context_length
     needed = len(longest.all_ids) + job.sampling.max_new_tokens
     if needed <= limit:
         return
@@ -206,40 +187,64 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     missing = wal.missing(total)
     ctx.progress.begin(job.name, total, total - len(missing))
     if len(missing):
-        in_flight: dict[str, int] = {}
+        in_flight = _InFlight()
         for _, completions in ctx.host.generate(job.policy, _units(job, missing, ctx.host.unit_rows, in_flight)):
-            wal.append([(in_flight[c.request] * job.n + c.index, _logged(c)) for c in completions])
-            for key in {completion.request for completion in completions}:
-                del in_flight[key]
+            wal.append([(in_flight.take(c.request) * job.n + c.index, _logged(c)) for c in completions])
             ctx.progress.advance(job.name, len(completions))
             ctx.check_stop()
     wal.flush()
     counts: Counter[str] = Counter()
     step.seal_table("rows", Rollout, _counted(ctx, job, wal, total, counts))
+    served = {name: counts.pop(name, 0) for name in ("num_prompt_tokens", "num_empty", "num_without_usage")}
+    num_tokens = counts.pop("tokens", 0)
     result = {
         "num_rollouts": total,
         "num_prompt_tokens": sum(len(ask.all_ids) for ask in job.asks),
-        "num_completion_tokens": counts.pop("tokens", 0),
+        "num_completion_tokens": num_tokens,
         "finish_reasons": dict(sorted(counts.items())),
+        **(served if job.policy.remote else {}),
     }
     committed = step.commit(result)
     ctx.progress.end(job.name, f"{total} completions, {result['num_completion_tokens']} tokens")
     return committed
 
 
-def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: dict[str, int]) -> Iterator[Unit]:
+@dataclass
+class _InFlight:
+    """The ordinals of requests that were handed out, by key, until their last completion is back."""
+
+    ordinals: dict[str, int] = field(default_factory=dict)
+    num_left: Counter[str] = field(default_factory=Counter)
+
+    def put(self, request: Request, ordinal: int) -> None:
+        self.ordinals[request.key] = ordinal
+        self.num_left[request.key] = request.n - len(request.done)
+
+    def take(self, key: str) -> int:
+        """The ordinal of a request, one completion of which is back."""
+        self.num_left[key] -= 1
+        if self.num_left[key]:
+            return self.ordinals[key]
+        del self.num_left[key]
+        return self.ordinals.pop(key)
+
+
+def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: _InFlight) -> Iterator[Unit]:
     """Requests that are not complete, longest prompts first, in units of about ``unit_rows`` completions.
 
-    Made when a worker asks for one, so that a million requests never stand in memory; ``in_flight`` maps the keys of
-    handed-out requests to their ordinals.
+    Made when a worker asks for one, so that a million requests never stand in memory. A remote model is asked for what
+    is missing only, and one request at a time: it is paid by the completion.
     """
     pending = [int(ordinal) for ordinal in np.unique(missing // job.n)]
     pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].all_ids), ordinal))
-    size = max(1, unit_rows // job.n)
+    size = 1 if job.policy.remote else max(1, unit_rows // job.n)
+    rows = {int(row) for row in missing} if job.policy.remote else set()
     for start in range(0, len(pending), size):
-        ordinals = pending[start : start + size]
-        requests = [job.request(ordinal) for ordinal in ordinals]
-        in_flight.update({request.key: ordinal for request, ordinal in zip(requests, ordinals, strict=True)})
+        requests = []
+        for ordinal in pending[start : start + size]:
+            done = tuple(n for n in range(job.n) if rows and ordinal * job.n + n not in rows)
+            requests.append(job.request(ordinal, done))
+            in_flight.put(requests[-1], ordinal)
         yield start // size, requests
 
 
@@ -249,12 +254,18 @@ def _logged(completion: Completion) -> dict[str, Any]:
         "text": completion.text,
         "finish": completion.finish_reason,
         "logps": None if completion.logps is None else list(completion.logps),
+        **({} if completion.usage is None else {"usage": list(completion.usage)}),
     }
 
 
 def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
     for row in range(total):
-        rollout = job.rollout(row, wal.read(row), ctx.renderer)
-        counts["tokens"] += len(rollout.completion_ids) - rollout.num_given_tokens
+        completion = wal.read(row)
+        rollout = job.rollout(row, completion, None if job.policy.remote else ctx.renderer_of(job.policy))
+        prompt_tokens, tokens = completion.get("usage", (0, len(completion["ids"])))
+        counts["tokens"] += tokens
+        counts["num_prompt_tokens"] += prompt_tokens
+        counts["num_without_usage"] += "usage" not in completion
+        counts["num_empty"] += not rollout.text
         counts[rollout.finish_reason] += 1
         yield rollout

@@ -43,8 +43,12 @@ def logprobs(ctx: Context, name: str, policy: Checkpoint, pairs: ExampleSet) -> 
     """Run or replay one scoring step.
 
     Raises:
-        RunFailed: the examples are no pairs.
+        RunFailed: the examples are no pairs, or the model is behind an endpoint.
     """
+    if policy.remote:
+        raise RunFailed(
+            f"step {name}: an endpoint gives no log-probabilities of token ids", hint="score with a local model"
+        )
     if len(pairs) and pairs.kind != "preference":
         raise RunFailed(
             f"step {name}: {pairs.step} holds {pairs.kind} examples, not pairs",

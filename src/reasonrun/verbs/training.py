@@ -57,10 +57,15 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
     """Run or replay one training step.
 
     Raises:
-        RecipeError: the examples are of another kind than the trainer.
+        RecipeError: the examples are of another kind than the trainer, or a model is behind an endpoint.
         Finding: there is nothing to train on; the evidence counts the rows left out, by reason.
         RunFailed: the trainer met a non-finite loss or died again and again.
     """
+    if request.start.remote or (request.reference and request.reference.remote):
+        raise RecipeError(
+            f"step {request.name}: a model behind an endpoint has no weights here to start from, or to compare with",
+            hint="train the policy, lab.base",
+        )
     _refuse_empty(request)
     _refuse_other_kinds(request)
     _plan(ctx, request)

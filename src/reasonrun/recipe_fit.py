@@ -1,0 +1,93 @@
+"""What the parts of a recipe ask of each other: method and task, method and models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reasonrun.contracts import Method
+from reasonrun.errors import RecipeError
+from reasonrun.recipe_compose import Composition
+from reasonrun.recipe_errors import nearest
+from reasonrun.settings import Settings
+
+POLICY = "policy"
+_ROLE = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def roles_of(composition: Composition, data: dict[str, Any]) -> list[str]:
+    """The roles that ``models`` names; what can be none is reported and taken out of ``data``."""
+    model, models = data.get("model"), data.get("models")
+    if isinstance(model, Mapping) and model.get("endpoint") is not None:
+        message = (
+            "the policy cannot be an endpoint, because its weights are trained here; a judge or a teacher can:"
+            " models.judge.endpoint"
+        )
+        inner = list(model["endpoint"])[:1] if isinstance(model["endpoint"], Mapping) else []  # for the position
+        composition.report(("model", "endpoint", *inner), message)
+        data["model"] = {key: value for key, value in model.items() if key != "endpoint"} or {"name": "tiny"}
+    if not isinstance(models, Mapping):
+        return []
+    wrong = {role: why for role in models if (why := _why_no_role(str(role)))}
+    for role, why in wrong.items():
+        composition.report(("models", role), why)
+    data["models"] = {role: value for role, value in models.items() if role not in wrong}
+    return list(data["models"])
+
+
+def _why_no_role(role: str) -> str:
+    if role == POLICY:
+        return "the policy is what `model` names"
+    if not _ROLE.fullmatch(role) or hasattr(Settings, role) or role.startswith("model_"):
+        return "cannot name a role: small letters, digits and _, such as judge, teacher, critic"
+    return ""
+
+
+def check_pair(composition: Composition, classes: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """The task must offer what the method and the evaluation ask for."""
+    method, task = classes["method"], classes["task"]
+    if task is None:
+        return
+    offered = task.styles | task.capabilities
+    names = {section: data[section]["name"] for section in ("method", "task") if classes[section]}
+    lacking = sorted(method.requires - offered) if method else []
+    if lacking:
+        message = f"{names['method']} needs {', '.join(lacking)}, which the task {names['task']} does not offer"
+        composition.report(("method", "name"), message, allowed=tuple(sorted(offered)))
+    evaluate = data.get("evaluate")
+    style = evaluate.get("style") if isinstance(evaluate, Mapping) else None
+    if isinstance(style, str) and style not in task.styles:
+        allowed = tuple(sorted(task.styles))
+        message = f"the task {names['task']} has no style {style!r}"
+        composition.report(("evaluate", "style"), message, allowed=allowed, nearest=nearest(style, allowed))
+
+
+def construct(composition: Composition, classes: Mapping[str, Any], valid: Any, roles: Sequence[str]) -> None:
+    """Build task and method once: their constructors know which settings exclude each other, and the method what its
+    settings ask of the task and of the models."""
+    built: dict[str, Any] = {}
+    for section in ("task", "method"):
+        try:
+            built[section] = classes[section](getattr(valid, section))
+        except RecipeError as error:
+            composition.report((section,), f"{error.message} ({error.hint})" if error.hint else error.message)
+    if "method" in built:
+        _check_needs(composition, built["method"], classes["task"], roles)
+
+
+def _check_needs(composition: Composition, method: Method, task: Any, roles: Sequence[str]) -> None:
+    offered = task.styles | task.capabilities
+    for needed, setting in method.needs().items():
+        if needed not in offered:
+            message = f"this needs {needed}, which the task {task.name} does not offer"
+            composition.report(_path(setting), message, allowed=tuple(sorted(offered)))
+    allowed = (POLICY, *roles)
+    for role, setting in method.roles().items():
+        if role not in allowed:
+            message = f"no model has the role {role!r}; add `models: {{{role}: …}}`"
+            composition.report(_path(setting), message, allowed=allowed, nearest=nearest(role, allowed))
+
+
+def _path(setting: str) -> tuple[str, ...]:
+    return ("method", *setting.split("."))
