@@ -12,6 +12,7 @@ import pytest
 from reasonrun import metrics
 from reasonrun.metrics import (
     bootstrap_interval,
+    clustered_interval,
     items_needed,
     maj_at_k,
     mcnemar_exact,
@@ -183,3 +184,15 @@ def test_a_test_of_that_many_items_finds_the_difference_four_times_in_five() -> 
     draws = np.random.default_rng(0).choice(b, size=(4_000, needed))
     z = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(needed))
     assert float((z > 1.959964).mean()) == pytest.approx(0.8, abs=0.03)
+
+
+def test_an_interval_over_clusters_does_not_count_copies_as_evidence():
+    """Ten problems; whether each has one pair or twenty equal ones, ten problems are what is known."""
+    values = [float(n % 2) for n in range(10)]
+    names = [str(n) for n in range(10)]
+    once = clustered_interval(values, names)
+    copied = clustered_interval([v for v in values for _ in range(20)], [n for n in names for _ in range(20)])
+    assert copied == pytest.approx(once)
+    assert once == pytest.approx(bootstrap_interval(values))
+    low, high = bootstrap_interval([v for v in values for _ in range(20)])
+    assert high - low < 0.5 * (once[1] - once[0])

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import reasonrun
-from reasonrun.contracts import Method
+from reasonrun.contracts import Method, Task
 
 
-def code_digests(method: type[Method]) -> dict[str, str]:
-    """SHA-256 of the source of the method's module, of ``curate/`` and of ``metrics.py``, by name."""
+def code_digests(method: type[Method], task: type[Task]) -> dict[str, str]:
+    """SHA-256 of the source of the method's and the task's module and of the pure modules that curation calls, by name."""
     package = Path(reasonrun.__file__).parent
-    files = {"method": Path(inspect.getfile(method)), "metrics": package / "metrics.py"}
+    files = {"method": Path(inspect.getfile(method)), "task": Path(inspect.getfile(task))}
+    files.update({path: package / path for path in ("metrics.py", "rendering.py", "verbs/curating.py")})
     files.update({f"curate/{path.name}": path for path in sorted((package / "curate").glob("*.py"))})
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
 
 
-def code_changed(earlier_attempts: Sequence[Mapping[str, Any]], method: type[Method]) -> bool:
+def code_changed(earlier_attempts: Sequence[Mapping[str, Any]], method: type[Method], task: type[Task]) -> bool:
     """Whether the last attempt that recorded its code ran other code than this one."""
     recorded = [attempt["code"] for attempt in earlier_attempts if "code" in attempt]
-    return bool(recorded) and recorded[-1] != code_digests(method)
+    return bool(recorded) and recorded[-1] != code_digests(method, task)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ def conditions(recipe: ResolvedRecipe) -> dict[str, str]:
     who answered. ``train`` gets its settings from the method, numeric fields included. A curation function is
     fingerprinted by name and version, so it also counts the method's source, where it may stand.
     """
-    code = code_digests(recipe.classes["method"])
+    code = code_digests(recipe.classes["method"], recipe.classes["task"])
     method_code = code.pop("method")
     numeric = {path: _value(recipe, path) for path, effect in recipe.effects.items() if effect is Effect.NUMERIC}
     of_method = {path: value for path, value in numeric.items() if path.startswith("method.")}

@@ -295,15 +295,13 @@ class Lab:
         return logprobs(self._context, self._claim(name), policy, pairs)
 
     def evaluate_pairs(
-        self, policy: Checkpoint, pairs: ExampleSet, *, reference: Checkpoint, beta: float, name: str = "evaluate-pairs"
+        self, policy: Checkpoint, reference: LogprobSet, *, beta: float, name: str = "evaluate-pairs"
     ) -> dict[str, Any]:
-        """Reward margin and pair accuracy of ``policy`` against ``reference`` on pairs that it did not learn from."""
+        """Reward margin and pair accuracy of ``policy`` on pairs that it did not learn from, against what another model
+        (``logprobs``) makes of them."""
         full = self._claim(name)
-        scored = [
-            self.logprobs(checkpoint, pairs, name=f"{name}/{part}")
-            for part, checkpoint in (("policy", policy), ("reference", reference))
-        ]
-        return evaluate_pairs(self._context, full, scored[0], scored[1], beta)
+        scored = self.logprobs(policy, reference.pairs, name=f"{name}/logprobs")
+        return evaluate_pairs(self._context, full, scored, reference, beta)
 
     def _evaluation_problems(self, split: str) -> ProblemSet:
         whole, limit = self.problems(split), self._context.recipe.evaluate.num_problems

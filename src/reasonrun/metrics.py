@@ -97,6 +97,31 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def clustered_interval(
+    values_N: Sequence[float] | Floats,
+    clusters_N: Sequence[str],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of values that come in clusters: clusters are resampled, not values.
+
+    Args:
+        values_N: one value per item, such as a pair.
+        clusters_N: what each item belongs to, such as its problem; items of one are alike.
+        confidence: coverage.
+        num_resamples: resampled data sets.
+        seed: of the resampling.
+    """
+    _, cluster_N = np.unique(np.asarray(clusters_N), return_inverse=True)
+    sums_C = np.bincount(cluster_N, weights=np.asarray(values_N, dtype=np.float64)).astype(np.float64)
+    sizes_C = np.bincount(cluster_N).astype(np.float64)
+    means = _resampled_means(sums_C, num_resamples, seed) / _resampled_means(sizes_C, num_resamples, seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def paired_bootstrap(
     a_P: Sequence[float] | Floats,
     b_P: Sequence[float] | Floats,

@@ -64,7 +64,11 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         options.directory,
         identity={"recipe": recipe.resolved},
         command=options.command,
-        attempt={"code": code_digests(method), "versions": versions(), CONDITIONS: conditions(recipe)},
+        attempt={
+            "code": code_digests(method, recipe.classes["task"]),
+            "versions": versions(),
+            CONDITIONS: conditions(recipe),
+        },
         reopen=options.redo is not None or further,
     ) as run_dir:
         if options.redo:
@@ -132,7 +136,8 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         host=with_endpoints(host, recipe, check_stop),
         progress=progress,
         check_stop=check_stop,
-        code_changed=not options.accept_code and code_changed(run_dir.earlier_attempts, recipe.classes["method"]),
+        code_changed=not options.accept_code
+        and code_changed(run_dir.earlier_attempts, recipe.classes["method"], recipe.classes["task"]),
         problems_by_id=problems,
         on_row=options.on_row,
         donors=Donors(run_dir.path, options.donors, conditions(recipe), run_dir.files) if options.donors else None,

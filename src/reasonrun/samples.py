@@ -113,7 +113,10 @@ class GradedSet:
 
     @property
     def digest(self) -> str:
-        return digest([self.rollouts.digest, hashlib.sha256(self.values.data).hexdigest()])
+        running = hashlib.sha256(self.values.data)
+        for part in self.scores.parts():
+            running.update(digest(part.column("answer")).encode())
+        return digest([self.rollouts.digest, running.hexdigest()])
 
     @property
     def values(self) -> npt.NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 from curate.solutions import GROUP, RIGHT, TASK, solution, text_of
 from curate.solutions import PROBLEM as P
-from reasonrun.curate.first_error import num_waves, probed_errors, probes, programmatic_errors, search
+from reasonrun.curate.first_error import Search, probed_errors, probes, programmatic_errors, search
 from reasonrun.records import LeftOut, Prefix
 
 WRONG = "Step 1: 8 * 9 = 72\nStep 2: 72 + 3 = 76\nAnswer: 76"
@@ -44,26 +44,43 @@ def test_caps_and_prefixes_that_leave_no_room():
 
 
 def test_search_over_all_prefixes_by_hand():
-    assert search(4, {}, binary=False) == ([0], "")
-    assert search(4, {0: 0.0}, binary=False) == ([], "never_solved")
-    assert search(4, {0: 0.5}, binary=False) == ([1, 2, 3], "")
+    assert search(4, {}, binary=False) == Search(wanted=(0,))
+    assert search(4, {0: 0.0}, binary=False) == Search(outcome="never_solved")
+    assert search(4, {0: 0.5}, binary=False) == Search(wanted=(1, 2, 3))
     # v = 0.5, 0.4, 0, 0.1, and 0 for the whole: the fall to 0 comes first with step 2, and again with step 4
-    assert search(4, {0: 0.5, 1: 0.4, 2: 0.0, 3: 0.1}, binary=False) == ([], 2)
-    assert search(4, {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.1}, binary=False) == ([], 4)
-    assert search(1, {0: 0.5}, binary=False) == ([], 1)
+    assert search(4, {0: 0.5, 1: 0.4, 2: 0.0, 3: 0.1}, binary=False) == Search(outcome=2)
+    assert search(4, {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.1}, binary=False) == Search(outcome=4)
+    assert search(1, {0: 0.5}, binary=False) == Search(outcome=1)
 
 
 def test_binary_search_halves_and_ends_where_success_falls_to_zero():
     for k in range(1, 9):
         rates, num_probes = {}, 0
-        while True:
-            wanted, outcome = search(8, rates, binary=True)
-            if not wanted:
-                break
-            rates.update({j: 0.5 if j < k else 0.0 for j in wanted})
+        while (state := search(8, rates, binary=True)).wanted:
+            rates.update({j: 0.5 if j < k else 0.0 for j in state.wanted})
             num_probes += 1
-        assert outcome == k
-        assert num_probes <= num_waves(8, binary=True) == 4
+        assert state.outcome == k
+        assert num_probes <= 4  # from scratch, and log2(8) halvings
+
+
+def test_probes_that_nobody_could_grade_end_the_search():
+    """Else the same prefix would be asked for again and again."""
+    assert search(4, {0: None}, binary=False) == Search(outcome="ungraded_probes")
+    bad = solution("bad", WRONG, 0.0)
+    lost = [solution(f"s{n}", RIGHT, None, parent="bad", reason="deadline") for n in range(2)]
+    for binary in (False, True):
+        assert not [row for row in probes(GROUP, [bad], lost, binary=binary, **HOW) if isinstance(row, Prefix)]
+        first = next(probed_errors(GROUP, [bad], lost, binary=binary, **HOW))
+        assert first == LeftOut(rollout_id="bad", reason="ungraded_probes")
+
+
+def test_the_last_room_of_the_context_is_used():
+    bad = solution("bad", WRONG, 0.0)
+    (prefix,) = programmatic_errors(GROUP, [bad], **HOW)
+    exact = GROUP.context_length - len(bad.rollout.prompt_ids) - len(prefix.token_ids)
+    assert isinstance(next(programmatic_errors(GROUP, [bad], **{**HOW, "room": exact})), Prefix)
+    (left_out,) = programmatic_errors(GROUP, [bad], **{**HOW, "room": exact + 1})
+    assert left_out.reason == "prefix_too_long"
 
 
 def test_probes_are_prefixes_before_labels_and_their_success_places_the_error():

@@ -111,7 +111,7 @@ def test_a_last_step_ends_with_the_end_of_sequence_and_needs_the_answer_of_the_o
 def test_what_a_teacher_cannot_teach_is_counted_by_reason(row, reason):
     found, reasons = pairs([row])
     assert not found
-    assert reasons == {"said": reason, "win": "no_teacher_step", "bad": "not_rectified"}
+    assert reasons == {"said": reason, "win": "no_teacher_step", "bad": "no_pair: no_teacher_step"}
 
 
 def test_an_error_that_no_teacher_was_asked_about_says_so():

@@ -88,6 +88,14 @@ def test_steps_that_are_not_last_hold_no_end_of_sequence(arms):
     assert num_inner
 
 
+def test_held_out_pairs_are_of_problems_that_no_arm_learns_from(arms):
+    for arm, (directory, _) in arms.items():
+        kind = SFTExample if arm == "sft_chosen_step" else PreferenceExample
+        learnt = {row.problem_id for row in rows(directory, f"round-001/pairs-{ARMS[arm]}", kind)}
+        held_out = {row.problem_id for row in rows(directory, "held-out/pairs-step", PreferenceExample)}
+        assert learnt and held_out and not learnt & held_out
+
+
 def test_every_row_is_used_or_left_out_with_a_reason(arms):
     for _, outcome in arms.values():
         for row in outcome.rows:
@@ -127,7 +135,12 @@ def test_halving_needs_fewer_probes_and_checks_need_more(tmp_path):
         for outcome in (whole, halved)
     ]
     assert probed[1] < probed[0]
-    checked = execute(tmp_path / "checked", "method.rectify.check_continuations=2", "method.rectify.min_gain=0.5")
+    check = [
+        "method.rectify.check=continuations",
+        "method.rectify.check_continuations=2",
+        "method.rectify.min_gain=0.5",
+    ]
+    checked = execute(tmp_path / "checked", *check)
     reasons = next(row["left_out"] for row in checked.rows if row["step"] == "round-001/pairs-step")
     assert reasons["not_better"] > 0 and reasons["evidence"] > 0
 
@@ -137,12 +150,18 @@ def test_more_rounds_collect_with_the_trained_model(tmp_path):
     first, second = (row for row in outcome.rows if row["verb"] == "train")
     fingerprint = json.loads((tmp_path / "run/steps/round-002/train/step.json").read_text())["fingerprint"]
     assert fingerprint["start"] == fingerprint["reference"] == first["weights"] != second["weights"]
+    measured = json.loads((tmp_path / "run/steps/round-002/evaluate-pairs/step.json").read_text())["fingerprint"]
+    assert measured["inputs"] == ["round-002/evaluate-pairs/logprobs", "held-out/logprobs"]  # the base is the reference
+    execute(tmp_path / "base", "method.rounds=2", "method.localize.kind=programmatic", "method.reference=base")
+    fingerprint = json.loads((tmp_path / "base/steps/round-002/train/step.json").read_text())["fingerprint"]
+    assert fingerprint["reference"] == resolve(load("smoke_step_dpo").model).weights != fingerprint["start"]
 
 
 def test_errors_that_cannot_be_repaired_are_a_finding_with_counts(tmp_path):
     with pytest.raises(Finding, match="nothing to learn from") as finding:
         execute(tmp_path / "run", "engine.accuracy=0", "engine.spread=0")
-    assert finding.value.exit_code == 5 and finding.value.evidence["not_located"] > 0
+    evidence = finding.value.evidence
+    assert finding.value.exit_code == 5 and evidence["not_located"] == evidence["localize/locate: never_solved"] > 0
 
 
 def test_what_the_settings_need_of_the_task_is_checked():

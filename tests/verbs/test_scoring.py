@@ -58,7 +58,7 @@ def test_the_model_is_asked_for_the_tokens_of_both_sides_after_the_prefix(tmp_pa
 
     pairs = read("held-out/pairs-step", PreferenceExample)
     expected = [(pair.prefix_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    assert asked == 2 * expected  # by the policy, then by the reference
-    for pair, row in zip(pairs, read("round-001/evaluate-pairs/policy", PairLogprobs), strict=True):
+    assert asked == 2 * expected  # by the reference, then by the policy
+    for pair, row in zip(pairs, read("round-001/evaluate-pairs/logprobs", PairLogprobs), strict=True):
         assert row.chosen_logp == pytest.approx(len(pair.chosen_ids) * math.log(0.5))
         assert row.num_rejected_tokens == len(pair.rejected_ids)

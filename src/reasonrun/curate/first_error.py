@@ -5,10 +5,10 @@ A curation function here goes through the wrong rows of a problem and yields a p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from reasonrun.curate.group import Group, curation, first_tokens
+from reasonrun.curate.group import Group, curation, evidence, first_tokens, fits
 from reasonrun.curate.steps import Steps
 from reasonrun.records import Graded, LeftOut, Prefix
 
@@ -52,14 +52,10 @@ def _cut_at(
             yield LeftOut(rollout_id=row.rollout.id, reason=str(number))
             continue
         num_tokens = found.bodies[number - 1]
-        if not _fits(group, row, num_tokens, room):
+        if not fits(group, row, num_tokens, room):
             yield LeftOut(rollout_id=row.rollout.id, reason="prefix_too_long")
             continue
         yield first_tokens(row, num_tokens, num_steps=number - 1)
-
-
-def _fits(group: Group, row: Graded, num_tokens: int, room: int) -> bool:
-    return len(row.rollout.prompt_ids) + num_tokens + room <= group.context_length
 
 
 @curation(version=1)
@@ -87,10 +83,19 @@ def judged_errors(
         return int(score.answer) if int(score.answer) <= len(found) else "judge: no_such_step"
 
     yield from _cut_at(group, tried, locate, steps=steps, cap=cap, room=room)
-    yield from _evidence(judged)
+    yield from evidence(judged)
 
 
-def search(num_steps: int, rates: Mapping[int, float], *, binary: bool) -> tuple[list[int], int | str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """Where a search stands: the prefixes to probe next, by the whole steps in them; or, when there are none, the number
+    of the first wrong step or the reason why it cannot be told."""
+
+    wanted: tuple[int, ...] = ()
+    outcome: int | str = ""
+
+
+def search(num_steps: int, rates: Mapping[int, float | None], *, binary: bool) -> Search:
     """The first wrong step of a wrong solution by the success of continuations.
 
     v_j is the share of continuations of steps 1 to j that end right, v_0 that of solutions from scratch, and v_n is 0:
@@ -100,48 +105,42 @@ def search(num_steps: int, rates: Mapping[int, float], *, binary: bool) -> tuple
 
     Args:
         num_steps: n.
-        rates: v_j of the probes so far.
+        rates: v_j of the probes so far; None when none of its continuations could be graded.
         binary: search by halving.
-
-    Returns:
-        The next j to probe and an unused text; or no j, and the step (from 1) or the reason why there is none.
     """
     if 0 not in rates:
-        return [0], ""
+        return Search(wanted=(0,))
     if rates[0] == 0:
-        return [], "never_solved"
+        return Search(outcome="never_solved")
+    if None in rates.values():
+        return Search(outcome="ungraded_probes")
     if binary:
-        low, high = 0, num_steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            if middle not in rates:
-                return [middle], ""
-            low, high = (middle, high) if rates[middle] > 0 else (low, middle)
-        return [], high
-    missing = [j for j in range(num_steps) if j not in rates]
+        return _halved(num_steps, rates)
+    missing = tuple(j for j in range(num_steps) if j not in rates)
     if missing:
-        return missing, ""
-    return [], next(k for k in range(1, num_steps + 1) if k == num_steps or rates[k] == 0)
+        return Search(wanted=missing)
+    return Search(outcome=next(k for k in range(1, num_steps + 1) if k == num_steps or not rates[k]))
 
 
-def num_waves(num_steps: int, *, binary: bool) -> int:
-    """Most waves of probes that ``search`` asks for."""
-    return 1 + (math.ceil(math.log2(num_steps)) if binary else 1) if num_steps > 1 else 1
+def _halved(num_steps: int, rates: Mapping[int, float | None]) -> Search:
+    low, high = 0, num_steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        if middle not in rates:
+            return Search(wanted=(middle,))
+        low, high = (middle, high) if rates[middle] else (low, middle)
+    return Search(outcome=high)
 
 
-def _rates(row: Graded, found: Steps, probed: Sequence[Sequence[Graded]]) -> dict[int, float]:
-    """Share of right continuations by the number of whole steps they went on from; what was not graded is left out."""
+def _rates(row: Graded, found: Steps, probed: Sequence[Sequence[Graded]]) -> dict[int, float | None]:
+    """Share of right continuations by the number of whole steps they went on from; None where none was graded."""
     verdicts: dict[int, list[bool]] = {}
     for probe in (probe for wave in probed for probe in wave):
-        if probe.rollout.parent_id == row.rollout.id and probe.score.value is not None:
-            verdicts.setdefault(found.starts.index(probe.rollout.num_given_tokens), []).append(probe.correct)
-    return {j: sum(right) / len(right) for j, right in verdicts.items()}
-
-
-def _evidence(*sets: Sequence[Graded]) -> Iterator[LeftOut]:
-    for rows in sets:
-        for row in rows:
-            yield LeftOut(rollout_id=row.rollout.id, reason="evidence")
+        if probe.rollout.parent_id == row.rollout.id:
+            of_prefix = verdicts.setdefault(found.starts.index(probe.rollout.num_given_tokens), [])
+            if probe.score.value is not None:
+                of_prefix.append(probe.correct)
+    return {j: sum(right) / len(right) if right else None for j, right in verdicts.items()}
 
 
 @curation(version=1)
@@ -153,14 +152,14 @@ def probes(
         if isinstance(found, str):
             yield LeftOut(rollout_id=row.rollout.id, reason=found)
             continue
-        wanted, _ = search(len(found), _rates(row, found, probed), binary=binary)
-        if not _fits(group, row, found.starts[-1], room):
-            wanted = []
+        wanted = search(len(found), _rates(row, found, probed), binary=binary).wanted
+        if not fits(group, row, found.starts[-1], room):
+            wanted = ()
         for j in wanted:
             yield first_tokens(row, found.starts[j], num_steps=j)
         if not wanted:
             yield LeftOut(rollout_id=row.rollout.id, reason="searched")
-    yield from _evidence(*probed)
+    yield from evidence(*probed)
 
 
 @curation(version=1)
@@ -170,10 +169,8 @@ def probed_errors(
     """The first wrong step as continuations by the policy tell it (``search``)."""
 
     def locate(row: Graded, found: Steps) -> int | str:
-        wanted, outcome = search(len(found), _rates(row, found, probed), binary=binary)
-        if not wanted:
-            return outcome
-        return "ungraded_probes" if _fits(group, row, found.starts[-1], room) else "prefix_too_long"
+        state = search(len(found), _rates(row, found, probed), binary=binary)
+        return "prefix_too_long" if state.wanted else state.outcome
 
     yield from _cut_at(group, tried, locate, steps=steps, cap=cap, room=room)
-    yield from _evidence(*probed)
+    yield from evidence(*probed)

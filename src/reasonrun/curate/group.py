@@ -82,3 +82,15 @@ def first_tokens(row: Graded, num_tokens: int, *, num_steps: int) -> Prefix:
         segments=tuple(segments),
         num_steps=num_steps,
     )
+
+
+def fits(group: Group, row: Graded, num_tokens: int, room: int) -> bool:
+    """Whether the context holds the first ``num_tokens`` of a completion and ``room`` more."""
+    return len(row.rollout.prompt_ids) + num_tokens + room <= group.context_length
+
+
+def evidence(*sets: Sequence[Graded]) -> Iterator[LeftOut]:
+    """Rows that were sampled to find something out, and give no example."""
+    for rows in sets:
+        for row in rows:
+            yield LeftOut(rollout_id=row.rollout.id, reason="evidence")

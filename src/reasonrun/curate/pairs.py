@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from reasonrun.curate.group import Group, curation, first_tokens
+from reasonrun.curate.group import Group, curation, evidence, first_tokens, fits
 from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Prefix, Segment, SFTExample
 
 Form = Literal["step", "response", "teacher", "sft"]
+Check = Literal["none", "continuations", "program"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +27,27 @@ class Turn:
         return self.row.rollout.completion_ids[self.start : self.end]
 
     @property
+    def before(self) -> tuple[int, ...]:
+        """The completion up to the step's text."""
+        return self.row.rollout.completion_ids[: self.start]
+
+    @property
     def is_whole(self) -> bool:
         """Whether the step ended by itself: another one follows, or the completion did."""
         return not (self.is_last and self.row.rollout.truncated)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duel:
+    """A wrong step, by its number, and a step of a right continuation in its place.
+
+    ``first_loser`` is the same wrong step after the same prefix where the problem's rows have it first.
+    """
+
+    loser: Turn
+    first_loser: Turn
+    number: int
+    winner: Turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,19 +62,58 @@ Correction = Callable[[Turn, int], Corrected | str]
 """Corrects a wrong step, by its number; or says why it cannot."""
 
 
-def _turn(group: Group, row: Graded, start: int, steps: str) -> tuple[Turn, int] | str:
-    """The step of ``row`` whose text begins after ``start`` tokens, and its number; or why there is none."""
-    found = group.steps(row.rollout, steps)
-    if isinstance(found, str):
-        return found
-    number = found.beginning_at(start)
-    if number is None:
-        return "step_not_found"
-    turn = Turn(row=row, start=start, end=found.end(number), is_last=number == len(found))
-    return (turn, number) if turn.is_whole else "step_cut_off"
+@dataclass(kw_only=True, slots=True)
+class Pairing:
+    """What turns the duels of one problem into examples.
+
+    ``correction`` writes the winning step of the form ``teacher``; ``rates`` are the shares of right continuations after a
+    step, by the rollout that it is from, for the check ``continuations``.
+    """
+
+    group: Group
+    steps: str
+    cap: int
+    form: Form
+    check: Check
+    min_gain: float
+    correction: Correction
+    rates: dict[str | None, float]
+    num_taken: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
+
+    def example(self, duel: Duel) -> Example | str:
+        """The example of a duel, or why it gives none."""
+        key = (duel.loser.before, duel.loser.ids)
+        taken = self.num_taken.get(key, 0)
+        reason = self._why_not(duel)
+        if reason is None and taken and (self.form == "teacher" or taken == self.cap):
+            reason = "over_cap"
+        if reason is not None:
+            return reason
+        example = _example(self.group, duel, self.correction, self.form)
+        if not isinstance(example, str):
+            self.num_taken[key] = taken + 1
+        return example
+
+    def _why_not(self, duel: Duel) -> str | None:
+        if self.check == "program":
+            char = self.group.first_error(duel.winner.row.rollout.text)
+            found = self.group.steps(duel.winner.row.rollout, self.steps)
+            wrong = not isinstance(char, str) and not isinstance(found, str) and found.holding(char) <= duel.number
+            return "winner_wrong" if wrong else None
+        if self.check == "continuations":
+            gain = self._gain(duel)
+            return "check_ungraded" if gain is None else None if gain > self.min_gain else "not_better"
+        return None
+
+    def _gain(self, duel: Duel) -> float | None:
+        """By how much the winning step raises the share of right continuations; that of a last step is its verdict."""
+        last = (1.0, 0.0) if duel.winner.is_last else (None, None)
+        won = self.rates.get(duel.winner.row.rollout.id, last[0])
+        lost = self.rates.get(duel.first_loser.row.rollout.id, last[1])
+        return None if won is None or lost is None else won - lost
 
 
-@curation(version=1)
+@curation(version=2)
 def error_pairs(
     group: Group,
     tried: list[Graded],
@@ -64,6 +122,7 @@ def error_pairs(
     steps: str,
     cap: int,
     form: Form,
+    check: Check = "none",
     min_gain: float = 0.0,
 ) -> Iterator[Example | LeftOut]:
     """Right continuations of an error's prefix against the error itself (Lai et al. 2024, arXiv 2406.18629, §3.2).
@@ -73,118 +132,161 @@ def error_pairs(
     - ``step``: the first step of the continuation against the wrong step, after the prefix. No end of sequence unless
       the step is the last one of its solution.
     - ``response``: the whole right solution against the whole wrong one, after the prompt.
-    - ``teacher``: the step of the task's solution against the wrong step; one pair for each error that has a right
-      continuation.
+    - ``teacher``: the step of the task's solution against the wrong step, where the task's program says that it is the
+      first wrong one: else the solution need not go through the same steps. One pair for each wrong step.
     - ``sft``: the first step of the continuation alone, to imitate after the prefix.
+
+    Equal steps after equal prefixes of a problem give one pair, whatever rollouts they are from.
 
     Args:
         group: the problem.
         tried: its solutions; the wrong ones that were located are the parents of ``rectified``.
         rectified: continuations of their prefixes.
-        checked: continuations of the winning and of the wrong steps, when they were asked for; a winner is kept if its
-            share of right ones exceeds that of the wrong step by ``min_gain``.
+        checked: continuations of the winning and of the wrong steps, for the check of that name.
         steps: how completions are cut: labels, lines or task.
-        cap: most pairs of one error; 0 is no cap.
+        cap: most pairs of one wrong step after one prefix; 0 is no cap.
         form: what to make of them.
-        min_gain: see ``checked``.
+        check: a right answer can follow a wrong step. ``program`` refuses a winner in which the task's program finds an
+            error up to this step; ``continuations`` one whose share of right continuations does not exceed that of the
+            wrong step by ``min_gain``.
+        min_gain: see ``check``.
     """
 
     def solved(loser: Turn, number: int) -> Corrected | str:
         return _in_solution(group, loser, number, steps)
 
-    yield from pairs_of_errors(group, tried, rectified, checked, solved, steps, cap, form, min_gain)
+    pairing = Pairing(
+        group=group,
+        steps=steps,
+        cap=cap,
+        form=form,
+        check=check,
+        min_gain=min_gain,
+        correction=solved,
+        rates=success_rates(checked),
+    )
+    yield from pairs_of_errors(pairing, tried, rectified)
+    yield from evidence(*checked)
 
 
 def pairs_of_errors(
-    group: Group,
-    tried: Sequence[Graded],
-    rectified: Sequence[Graded],
-    checked: Sequence[Sequence[Graded]],
-    correction: Correction,
-    steps: str,
-    cap: int,
-    form: Form,
-    min_gain: float,
+    pairing: Pairing, tried: Sequence[Graded], rectified: Sequence[Graded]
 ) -> Iterator[Example | LeftOut]:
-    """``error_pairs``, with the form ``teacher`` from ``correction``."""
+    """The examples of all duels, and why rows give none."""
+    paired: set[str] = set()
+    unpaired: dict[str, str] = {}
+    for outcome in duels(pairing.group, tried, rectified, pairing.steps):
+        if isinstance(outcome, LeftOut):
+            yield outcome
+            continue
+        error, row = outcome.loser.row.rollout.id, outcome.winner.row.rollout.id
+        example = pairing.example(outcome)
+        if isinstance(example, str):
+            unpaired.setdefault(error, example)
+            yield LeftOut(rollout_id=row, reason=example)
+            continue
+        paired.add(error)
+        yield example
+    for error, reason in unpaired.items():
+        if error not in paired:
+            yield LeftOut(rollout_id=error, reason=f"no_pair: {reason}")
+
+
+def duels(group: Group, tried: Sequence[Graded], rectified: Sequence[Graded], steps: str) -> Iterator[Duel | LeftOut]:
+    """Every wrong step against every distinct step of its right continuations; why other rows are in none.
+
+    A wrong row that is in some duel is left out by none of these outcomes.
+    """
     children: dict[str | None, list[Graded]] = {}
     for row in rectified:
         children.setdefault(row.rollout.parent_id, []).append(row)
-    rates = success_rates([row for rows in checked for row in rows])
-    for row in tried:
-        if row.rollout.id in children:
-            yield from _pairs(group, row, children[row.rollout.id], rates, correction, steps, cap, form, min_gain)
-        else:
-            yield LeftOut(rollout_id=row.rollout.id, reason="correct" if row.correct else "not_located")
-    for rows in checked:
-        for row in rows:
-            yield LeftOut(rollout_id=row.rollout.id, reason="evidence")
-
-
-@curation(version=1)
-def step_ends(group: Group, tried: list[Graded], rectified: list[Graded], *, steps: str) -> Iterator[Prefix | LeftOut]:
-    """Prefixes up to the end of every winning step and of every wrong one that is not its solution's last."""
-    located = {row.rollout.parent_id: row.rollout.num_given_tokens for row in rectified}
-    for row in (*tried, *rectified):
-        is_error = row.rollout.id in located
-        if not is_error and not (row.correct and row.rollout.parent_id in located):
-            yield LeftOut(rollout_id=row.rollout.id, reason="no_step_to_check")
+    first_losers: dict[tuple[tuple[int, ...], tuple[int, ...]], Turn] = {}
+    seen: set[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = set()
+    for error in tried:
+        continuations = children.get(error.rollout.id, [])
+        if not continuations:
+            yield LeftOut(rollout_id=error.rollout.id, reason=_why_unlocated(error))
             continue
-        start = located[row.rollout.id if is_error else row.rollout.parent_id]
-        found = _turn(group, row, start, steps)
-        if isinstance(found, str) or found[0].is_last:
-            yield LeftOut(rollout_id=row.rollout.id, reason=found if isinstance(found, str) else "last_step")
+        wrong = _turn(group, error, continuations[0].rollout.num_given_tokens, steps)
+        if isinstance(wrong, str):
+            yield from (LeftOut(rollout_id=row.rollout.id, reason=wrong) for row in (error, *continuations))
             continue
-        turn, number = found
-        yield first_tokens(row, turn.end, num_steps=number)
+        loser, number = wrong
+        key = (loser.before, loser.ids)
+        first = first_losers.setdefault(key, loser)
+        num_duels = num_duplicates = 0
+        for row in continuations:
+            winner = _winner(group, row, loser, number, steps)
+            if isinstance(winner, Turn) and (*key, winner.ids) in seen:
+                num_duplicates += 1
+                winner = "duplicate"
+            if isinstance(winner, str):
+                yield LeftOut(rollout_id=row.rollout.id, reason=winner)
+                continue
+            seen.add((*key, winner.ids))
+            num_duels += 1
+            yield Duel(loser=loser, first_loser=first, number=number, winner=winner)
+        if not num_duels:
+            yield LeftOut(rollout_id=error.rollout.id, reason="duplicate" if num_duplicates else "not_rectified")
 
 
-def success_rates(rows: Sequence[Graded]) -> dict[str | None, float]:
+def _why_unlocated(row: Graded) -> str:
+    if row.score.value is None:
+        return f"ungraded: {row.score.reason}"
+    return "correct" if row.correct else "not_located"
+
+
+@curation(version=2)
+def step_ends(
+    group: Group, tried: list[Graded], rectified: list[Graded], *, steps: str, room: int
+) -> Iterator[Prefix | LeftOut]:
+    """Prefixes up to the end of every winning step and of every wrong one that has a winner, each once and unless it is
+    its solution's last. ``room`` are the tokens that a continuation may take."""
+    losers: set[str] = set()
+    skipped: dict[str, str] = {}
+    for outcome in duels(group, tried, rectified, steps):
+        if isinstance(outcome, LeftOut):
+            yield outcome
+            continue
+        own = outcome.loser.row.rollout.id
+        if outcome.first_loser is not outcome.loser:
+            skipped[own] = "duplicate"
+        sides = [outcome.winner] if own in losers or own in skipped else [outcome.winner, outcome.loser]
+        losers.add(own)
+        for turn in sides:
+            yield _step_end(group, turn, outcome.number, room)
+    yield from (LeftOut(rollout_id=row, reason=reason) for row, reason in skipped.items())
+
+
+def _step_end(group: Group, turn: Turn, number: int, room: int) -> Prefix | LeftOut:
+    if turn.is_last:
+        return LeftOut(rollout_id=turn.row.rollout.id, reason="last_step")
+    if not fits(group, turn.row, turn.end, room):
+        return LeftOut(rollout_id=turn.row.rollout.id, reason="prefix_too_long")
+    return first_tokens(turn.row, turn.end, num_steps=number)
+
+
+def success_rates(sets: Sequence[Sequence[Graded]]) -> dict[str | None, float]:
     """Share of right rows by parent; what was not graded is left out."""
     verdicts: dict[str | None, list[bool]] = {}
-    for row in rows:
+    for row in (row for rows in sets for row in rows):
         if row.score.value is not None:
             verdicts.setdefault(row.rollout.parent_id, []).append(row.correct)
     return {parent: sum(right) / len(right) for parent, right in verdicts.items()}
 
 
-def _pairs(
-    group: Group,
-    error: Graded,
-    continuations: Sequence[Graded],
-    rates: dict[str | None, float],
-    correction: Correction,
-    steps: str,
-    cap: int,
-    form: Form,
-    min_gain: float,
-) -> Iterator[Example | LeftOut]:
-    """The pairs of one error."""
-    wrong = _turn(group, error, continuations[0].rollout.num_given_tokens, steps)
-    if isinstance(wrong, str):
-        yield from (LeftOut(rollout_id=row.rollout.id, reason=wrong) for row in (error, *continuations))
-        return
-    loser, number = wrong
-    taken: set[tuple[int, ...]] = set()
-    for row in continuations:
-        winner = _winner(group, row, loser, number, steps)
-        if isinstance(winner, Turn) and winner.ids in taken:
-            winner = "duplicate"
-        elif isinstance(winner, Turn) and _gain(rates, winner, loser) < min_gain:
-            winner = "not_better"
-        elif isinstance(winner, Turn) and taken and (form == "teacher" or len(taken) == cap):
-            winner = "over_cap"
-        if isinstance(winner, str):
-            yield LeftOut(rollout_id=row.rollout.id, reason=winner)
-            continue
-        example = _example(group, winner, loser, number, correction, form)
-        if isinstance(example, str):
-            yield LeftOut(rollout_id=row.rollout.id, reason=example)
-            continue
-        taken.add(winner.ids)
-        yield example
-    if not taken:
-        yield LeftOut(rollout_id=error.rollout.id, reason="not_rectified")
+def _turn(group: Group, row: Graded, start: int, steps: str) -> tuple[Turn, int] | str:
+    """The step of ``row`` whose text begins after ``start`` tokens, and its number; or why there is none."""
+    found = group.steps(row.rollout, steps)
+    if isinstance(found, str):
+        return found
+    number = found.beginning_at(start)
+    if number is None:
+        return "step_not_found"
+    turn = Turn(row=row, start=start, end=found.end(number), is_last=number == len(found))
+    if not turn.is_whole:
+        return "step_cut_off"
+    return (turn, number) if group.decode(turn.ids).strip() else "empty_step"
 
 
 def _winner(group: Group, row: Graded, loser: Turn, number: int, steps: str) -> Turn | str:
@@ -206,13 +308,11 @@ def refused(ids: tuple[int, ...], is_last: bool, loser: Turn) -> str | None:
     return None if is_last == loser.is_last else "other_terminality"
 
 
-def _gain(rates: dict[str | None, float], winner: Turn, loser: Turn) -> float:
-    """By how much the winning step raises the share of right continuations; a last step's share is its own verdict."""
-    return rates.get(winner.row.rollout.id, 1.0) - rates.get(loser.row.rollout.id, 0.0)
-
-
 def _in_solution(group: Group, loser: Turn, number: int, steps: str) -> Corrected | str:
     """The step of the task's own solution."""
+    char, found = group.first_error(loser.row.rollout.text), group.steps(loser.row.rollout, steps)
+    if isinstance(char, str) or isinstance(found, str) or found.holding(char) != number:
+        return "teacher_has_another_course"
     written = group.written_steps(group.solution(), steps)
     if isinstance(written, str) or number > len(written):
         return "teacher_has_no_such_step"
@@ -220,9 +320,10 @@ def _in_solution(group: Group, loser: Turn, number: int, steps: str) -> Correcte
     return refused(ids, number == len(written), loser) or Corrected(ids=ids)
 
 
-def _example(group: Group, winner: Turn, loser: Turn, number: int, correction: Correction, form: Form) -> Example | str:
+def _example(group: Group, duel: Duel, correction: Correction, form: Form) -> Example | str:
+    loser, winner, number = duel.loser, duel.winner, duel.number
     error, row = loser.row.rollout, winner.row.rollout
-    prefix = error.prompt_ids + error.completion_ids[: loser.start]
+    prefix = error.prompt_ids + loser.before
     if form == "sft":
         given = Segment(token_ids=prefix, src="prompt", loss=False)
         learnt = Segment(token_ids=winner.ids, src="model", loss=True, step=number)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from reasonrun.curate.pairs import step_ends
 from reasonrun.records import Checkpoint, Sampling
@@ -19,16 +20,27 @@ class RectifySettings(Settings):
     num_samples: int = setting(20, Effect.SEMANTIC, "Continuations of each error's prefix.", ge=1)
     temperature: float = setting(0.8, Effect.SEMANTIC, "Sampling temperature, of a teacher too.", gt=0)
     top_p: float = setting(0.95, Effect.SEMANTIC, "Nucleus filter; 1 is off.", gt=0, le=1)
-    pairs_per_error: int = setting(4, Effect.SEMANTIC, "Most pairs of one error; 0 is no cap.", ge=0)
-    check_continuations: int = setting(
-        0,
+    pairs_per_error: int = setting(
+        4, Effect.SEMANTIC, "Most pairs of one wrong step after one prefix; 0 is no cap.", ge=0
+    )
+    check: Literal["none", "continuations", "program"] = setting(
+        "none",
         Effect.SEMANTIC,
-        "Continuations after each winning and wrong step, to compare their success; 0 is no check.",
-        ge=0,
+        "How winning steps are checked, because a right answer can follow a wrong step: by continuations of both steps, or"
+        " by the task's program.",
     )
+    check_continuations: int = setting(8, Effect.SEMANTIC, "check=continuations: after each of the steps.", ge=1)
     min_gain: float = setting(
-        0.0, Effect.SEMANTIC, "By how much the winning step's success must exceed the wrong one's.", ge=0, le=1
+        0.0,
+        Effect.SEMANTIC,
+        "check=continuations: by how much the winning step's success must exceed the wrong one's.",
+        ge=0,
+        lt=1,
     )
+
+    def needs(self) -> Mapping[str, str]:
+        """Capabilities of the task that these settings ask for, each with the setting that does."""
+        return {"first_error": "check"} if self.check == "program" else {}
 
 
 def rectify(
@@ -46,8 +58,8 @@ def rectify(
     """
     continuations = lab.sample(policy, prefixes, n=config.num_samples, sampling=sampling, name="rectify")
     rectified = lab.grade(continuations, name="grade-rectified")
-    if not config.check_continuations:
+    if config.check != "continuations":
         return [rectified]
-    ends = lab.cut(step_ends, tried, rectified, name="step-ends", steps=steps)
+    ends = lab.cut(step_ends, tried, rectified, name="step-ends", steps=steps, room=sampling.max_new_tokens)
     tries = lab.sample(policy, ends, n=config.check_continuations, sampling=sampling, name="check")
     return [rectified, lab.grade(tries, name="grade-checked")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from reasonrun.curate.group import Group, curation
-from reasonrun.curate.pairs import Corrected, Form, Turn, pairs_of_errors, refused
+from reasonrun.curate.group import Group, curation, evidence
+from reasonrun.curate.pairs import Check, Corrected, Form, Pairing, Turn, pairs_of_errors, refused, success_rates
 from reasonrun.curate.steps import LABEL
 from reasonrun.records import Example, Graded, LeftOut
 
 
-@curation(version=1)
+@curation(version=2)
 def taught_pairs(
     group: Group,
     tried: list[Graded],
@@ -21,6 +21,7 @@ def taught_pairs(
     steps: str,
     cap: int,
     form: Form = "teacher",
+    check: Check = "none",
     min_gain: float = 0.0,
 ) -> Iterator[Example | LeftOut]:
     """As ``error_pairs`` in the form ``teacher``, with steps that a model wrote.
@@ -34,6 +35,7 @@ def taught_pairs(
         steps: how completions are cut: labels, lines or task.
         cap: see ``error_pairs``; a teacher gives one pair for an error.
         form: ``teacher``.
+        check: see ``error_pairs``.
         min_gain: see ``error_pairs``.
     """
     by_error = {row.rollout.parent_id: row for row in taught}
@@ -49,14 +51,25 @@ def taught_pairs(
             return "no_teacher_step"
         return Corrected(ids=ids, rollout_ids=(row.rollout.id,))
 
+    pairing = Pairing(
+        group=group,
+        steps=steps,
+        cap=cap,
+        form=form,
+        check=check,
+        min_gain=min_gain,
+        correction=correction,
+        rates=success_rates(checked),
+    )
     used: set[str] = set()
-    for outcome in pairs_of_errors(group, tried, rectified, checked, correction, steps, cap, form, min_gain):
+    for outcome in pairs_of_errors(pairing, tried, rectified):
         if not isinstance(outcome, LeftOut):
             used.update(outcome.rollout_ids)
         yield outcome
     for row in taught:
         if row.rollout.id not in used:
             yield LeftOut(rollout_id=row.rollout.id, reason=reasons.get(row.rollout.id, "not_rectified"))
+    yield from evidence(*checked)
 
 
 def corrected(group: Group, row: Graded, loser: Turn, number: int, steps: str) -> tuple[int, ...] | str:

@@ -55,14 +55,14 @@ class StepDPO(Method):
 
     - step k is found by the model's own continuations (``mc_rollout``) unless ``localize.kind`` says otherwise; the paper
       asks GPT-4o, which sees a correct solution (``llm_with_ref``), and takes a neutral step for a wrong one.
-    - pairs per error are capped at 4; the paper has no cap.
+    - pairs of one wrong step after one prefix are capped at 4, equal ones are taken once; the paper has no cap.
     - a pair needs two steps that are both the last of their solutions, or neither: else it would teach length.
     - prompts are never cut from the left; pairs longer than ``dpo.max_length`` are left out and counted.
-    - the winning step is unchecked by default, as in the released code; ``check_continuations`` compares its success
-      with that of the wrong step. The paper's text has people and GPT-4 check it.
+    - the winning step is unchecked by default, as in the released code; ``rectify.check`` compares its success with that of
+      the wrong step, or asks the task's program. The paper's text has people and GPT-4 check it.
     - beta is the paper's 0.4; the released 7B script has 0.5.
 
-    Wrong solutions that the model cannot repair (no continuation from scratch is right) give no pair.
+    Wrong solutions without a right continuation give no pair.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -92,7 +92,9 @@ class StepDPO(Method):
         epochs: int = setting(8, Effect.SEMANTIC, "Passes over the examples; the paper: 8 for 7B, 4 above 30B.", ge=1)
         num_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps of a round, instead of epochs; 0 is off.", ge=0)
         held_out: bool = setting(
-            False, Effect.SEMANTIC, "Measure reward margin and pair accuracy on step pairs of the dev problems."
+            False,
+            Effect.SEMANTIC,
+            "Measure reward margin and pair accuracy on pairs of steps (in every arm) of the dev problems.",
         )
         dpo: PreferenceSettings = setting(
             PreferenceSettings(beta=0.4, lr=5e-7, schedule="cosine", warmup_ratio=0.1, batch_size=128),
@@ -107,9 +109,11 @@ class StepDPO(Method):
 
     def needs(self) -> Mapping[str, str]:
         config = self.config
-        needs = {capability: f"localize.{key}" for capability, key in config.localize.needs().items()}
-        solution = {"solution": "teacher"} if self.teaches and config.teacher == "task" else {}
-        return {config.style: "style", **needs, **solution}
+        needs = {config.style: "style"}
+        for part in ("localize", "rectify"):
+            needs |= {capability: f"{part}.{key}" for capability, key in getattr(config, part).needs().items()}
+        of_task = self.teaches and config.teacher == "task"
+        return {**needs, **({"solution": "teacher", "first_error": "teacher"} if of_task else {})}
 
     def roles(self) -> Mapping[str, str]:
         localize, teacher = self.config.localize, self.config.teacher
@@ -126,7 +130,7 @@ class StepDPO(Method):
         held_out = None
         if config.held_out:
             with lab.scope("held-out"):
-                held_out = self.examples(lab, lab.base, lab.problems("dev"), "step")
+                held_out = lab.logprobs(lab.base, self.examples(lab, lab.base, lab.problems("dev"), "step"))
         settings = config.sft if config.arm == "sft_chosen_step" else config.dpo
         for _ in lab.rounds(config.rounds):
             lab.evaluate(policy)
@@ -141,7 +145,7 @@ class StepDPO(Method):
                 num_epochs=0 if config.num_steps else config.epochs,
             )
             if held_out is not None:
-                lab.evaluate_pairs(policy, held_out, reference=lab.base, beta=config.dpo.beta)
+                lab.evaluate_pairs(policy, held_out, beta=config.dpo.beta)
         return policy
 
     def preflight(self) -> Probe:
@@ -175,6 +179,7 @@ class StepDPO(Method):
             *rectified,
             name=f"pairs-{form}",
             cap=config.rectify.pairs_per_error,
+            check=config.rectify.check,
             min_gain=config.rectify.min_gain,
             form=form,
             **how,

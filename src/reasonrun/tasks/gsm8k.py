@@ -123,10 +123,9 @@ class Gsm8k(Task):
 
     def solution(self, problem: Problem) -> str:
         """The gold solution with the opening and a label before each of its lines."""
-        *lines, answer = bare_solution(problem).split("\n")
-        opening, _, first = self.opening("steps").rpartition("\n")
-        labels = [first, *(f"Step {number}:" for number in range(2, len(lines) + 1))]
-        steps = [f"{label} {line}" for label, line in zip(labels, lines, strict=True)]
+        *lines, answer = [line for line in bare_solution(problem).split("\n") if line.strip()]
+        opening = self.opening("steps").rpartition("\n")[0]
+        steps = [f"Step {number}: {line}" for number, line in enumerate(lines or ["The answer is given."], start=1)]
         return "\n".join([opening, *steps, answer])
 
     def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:

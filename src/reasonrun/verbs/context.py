@@ -93,6 +93,7 @@ class Context:
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, in the order in which steps are reached
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     problems_by_id: dict[str, Problem] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)  # by curation step: its counts by reason
     donors: Donors | None = None  # other runs that may have made a step already
     borrowed: set[str] = field(default_factory=set)  # steps taken from them in this attempt
     _renderers: dict[str, Renderer] = field(default_factory=dict)

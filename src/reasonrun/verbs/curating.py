@@ -15,7 +15,7 @@ from reasonrun.curate.group import Curation, Group
 from reasonrun.curate.steps import SEGMENTERS, Marks, Steps, on_tokens
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.records import CHOSEN_TYPES, Chosen, Graded, LeftOut, Prefix, Problem, Rollout, Segment, digest
+from reasonrun.records import CHOSEN_TYPES, Chosen, Graded, LeftOut, Prefix, Problem, Segment, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep
@@ -95,6 +95,7 @@ def _committed(ctx: Context, job: CurateJob) -> Committed:
         "sets": [rows.digest for rows in job.sets],
         "tokenizer": ctx.renderer.digest,
         "prompts": ctx.task.prompt_version,
+        "context_length": ctx.renderer.context_length,
         "inputs": [rows.step for rows in job.sets],
     }
     step = ctx.open_step(job.name, fingerprint)
@@ -105,6 +106,7 @@ def _committed(ctx: Context, job: CurateJob) -> Committed:
     elif ctx.code_changed:
         _compare(ctx, job, step)
     ctx.record(step, job.verb, new=new)
+    ctx.left_out[job.name] = dict(step.result["left_out"])
     return step
 
 
@@ -190,8 +192,8 @@ def group_of(ctx: Context, problem: Problem) -> Group:
     def marks(text: str, how: str) -> Marks | str:
         return task.segment(text) if how == "task" else SEGMENTERS[how](text)
 
-    def steps(rollout: Rollout, how: str) -> Steps | str:
-        text, places = renderer.decode_with_places(rollout.completion_ids)
+    def steps_of(ids: tuple[int, ...], how: str) -> Steps | str:
+        text, places = renderer.decode_with_places(ids)
         found = marks(text, how)
         return found if isinstance(found, str) else on_tokens(text, places, found)
 
@@ -203,17 +205,18 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         return [text[body:end] for (_, body), end in zip(found, ends, strict=True)]
 
     def written_steps(text: str, how: str) -> list[tuple[int, ...]] | str:
-        found = texts(text, how)
+        # Cut like a completion: a tokenizer may put a mark before the first token of a text, so not in pieces.
+        ids = (*renderer.encode(text), renderer.eos_ids[0])
+        found = steps_of(ids, how)
         if isinstance(found, str):
             return found
-        parts = [renderer.encode(part) for part in found]
-        return [*parts[:-1], (*parts[-1], renderer.eos_ids[0])]
+        return [ids[found.bodies[n] : found.end(n + 1)] for n in range(len(found))]
 
     return Group(
         problem=problem,
         prompt=prompt,
         gold=gold,
-        steps=steps,
+        steps=lambda rollout, how: steps_of(rollout.completion_ids, how),
         written_steps=written_steps,
         texts=texts,
         encode=renderer.encode,
@@ -275,14 +278,19 @@ def _chosen(ctx: Context, step: Committed) -> Rows[Any]:
 
 
 def _extent(ctx: Context, job: CurateJob, step: Committed) -> Extent:
-    """How many rows the step gives in the real run; in a rehearsal the step is planned, too."""
-    extent = Extent.of(0)
+    """How many rows the step gives in the real run; in a rehearsal the step is planned, too.
+
+    Prefixes are of the first set's rollouts; the other sets are evidence about them.
+    """
+    whole = Extent.of(0)
     for rows in job.sets:
-        extent = extent.plus(rows.extent)
+        whole = whole.plus(rows.extent)
     if ctx.planned is not None:
         zero = Extent.of(0)
         ctx.planned.append(
-            PlannedStep(step=job.name, verb=job.verb, unit="rows", units=extent, tokens=zero, disk_bytes=zero)
+            PlannedStep(step=job.name, verb=job.verb, unit="rows", units=whole, tokens=zero, disk_bytes=zero)
         )
     kept = step.result["kept_share"]
-    return extent.times(max(1.0, kept)).share(min(1.0, kept))
+    if job.of_prefixes and len(job.sets[0]):
+        whole, kept = job.sets[0].extent, step.result["num_examples"] / len(job.sets[0])
+    return whole.times(max(1.0, kept)).share(min(1.0, kept))

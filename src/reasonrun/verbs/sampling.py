@@ -68,15 +68,16 @@ class SampleJob:
             done=done,
         )
 
-    def rollout(self, row: int, completion: dict[str, Any], renderer: Renderer | None) -> Rollout:
-        """The record of row ``row`` (ask-major) from its logged completion."""
-        ask, request = self.asks[row // self.n], self.request(row // self.n)
+    def rollout(
+        self, ask: Ask, request: Request, index: int, completion: dict[str, Any], renderer: Renderer | None
+    ) -> Rollout:
+        """The record of sample ``index`` of an ask from its logged completion."""
         logps = completion["logps"]
         sampled = Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)
         return Rollout(
-            id=f"{request.key}-{row % self.n}",
+            id=f"{request.key}-{index}",
             problem_id=ask.problem.id,
-            index=row % self.n,
+            index=index,
             parent_id=ask.parent_id,
             kind=self.kind,
             messages=ask.messages,
@@ -259,9 +260,13 @@ def _logged(completion: Completion) -> dict[str, Any]:
 
 
 def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
+    renderer = None if job.policy.remote else ctx.renderer_of(job.policy)
     for row in range(total):
+        ordinal, index = divmod(row, job.n)
+        if not index:
+            ask, request = job.asks[ordinal], job.request(ordinal)
         completion = wal.read(row)
-        rollout = job.rollout(row, completion, None if job.policy.remote else ctx.renderer_of(job.policy))
+        rollout = job.rollout(ask, request, index, completion, renderer)
         prompt_tokens, tokens = completion.get("usage", (0, len(completion["ids"])))
         counts["tokens"] += tokens
         counts["num_prompt_tokens"] += prompt_tokens

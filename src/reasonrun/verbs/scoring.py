@@ -10,7 +10,7 @@ import numpy as np
 
 from reasonrun.errors import RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.metrics import bootstrap_interval, wilson_interval
+from reasonrun.metrics import clustered_interval
 from reasonrun.records import Checkpoint, PreferenceExample, Record
 from reasonrun.samples import ExampleSet
 from reasonrun.sets import Rows
@@ -134,7 +134,7 @@ def evaluate_pairs(ctx: Context, name: str, policy: LogprobSet, reference: Logpr
 
     Returns:
         ``reward_margin`` (chosen minus rejected, mean over pairs) and ``pair_accuracy`` (share of pairs with a positive
-        margin), each with its 95 % interval over pairs; mean log-probabilities; ``reference_logp_per_token`` of both
+        margin), each with its 95 % interval over problems; mean log-probabilities; ``reference_logp_per_token`` of both
         sides, which says how far they are from what the reference would write. Only ``num_pairs`` when there is none.
     """
     fingerprint = {
@@ -163,14 +163,14 @@ def pair_table(policy: Rows[PairLogprobs], reference: Rows[PairLogprobs], beta: 
         return {"num_pairs": 0}
     chosen, rejected = policy.column("chosen_logp"), policy.column("rejected_logp")
     margin = beta * (chosen - reference.column("chosen_logp") - rejected + reference.column("rejected_logp"))
-    num_right = int((margin > 0).sum())
+    problems = policy.column("problem_id")
     tokens = {side: reference.column(f"num_{side}_tokens").sum() for side in ("chosen", "rejected")}
     return {
         "num_pairs": len(margin),
         "reward_margin": float(margin.mean()),
-        "reward_margin_interval": list(bootstrap_interval(margin)),
-        "pair_accuracy": num_right / len(margin),
-        "pair_accuracy_interval": list(wilson_interval(num_right, len(margin))),
+        "reward_margin_interval": list(clustered_interval(margin, problems)),
+        "pair_accuracy": float((margin > 0).mean()),
+        "pair_accuracy_interval": list(clustered_interval(margin > 0, problems)),
         "chosen_logp": float(chosen.mean()),
         "rejected_logp": float(rejected.mean()),
         "reference_logp_per_token": {

@@ -66,7 +66,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
             f"step {request.name}: a model behind an endpoint has no weights here to start from, or to compare with",
             hint="train the policy, lab.base",
         )
-    _refuse_empty(request)
+    _refuse_empty(ctx, request)
     _refuse_other_kinds(request)
     _plan(ctx, request)
     seed = derive_seed("train", ctx.seed, request.name)
@@ -104,14 +104,19 @@ def _made_by(checkpoint: Checkpoint | None) -> list[str]:
     return [checkpoint.step] if checkpoint and checkpoint.step else []
 
 
-def _refuse_empty(request: TrainRequest) -> None:
+def _refuse_empty(ctx: Context, request: TrainRequest) -> None:
     if any(len(rows) for rows in request.rows):
         return
     evidence: Counter[str] = Counter()
     for rows in request.rows:
         evidence.update(rows.left_out)
+    num_rows = sum(evidence.values())
+    scope, own = request.name.rpartition("/")[0], {rows.step for rows in request.rows}
+    for step, left_out in ctx.left_out.items():  # what earlier choices of the round took away
+        if step.startswith(f"{scope}/") and step not in own:
+            evidence.update({f"{step.removeprefix(scope + '/')}: {reason}": n for reason, n in left_out.items()})
     raise Finding(
-        f"step {request.name}: nothing to learn from. Of {sum(evidence.values())} rows none was kept",
+        f"step {request.name}: nothing to learn from. Of {num_rows} rows none was kept",
         evidence=dict(evidence),
         hint="the same command says this again without work; sample more (num_samples, temperature), make the task"
         " easier, or start from a stronger model",
