@@ -1,8 +1,8 @@
 """How often two runs find the same first wrong step: the same errors, located in two ways.
 
-    reasonrun train step_dpo_arith --run runs/mc
-    reasonrun train step_dpo_arith method.localize.kind=programmatic --run runs/program
-    python scripts/locator_agreement.py runs/mc runs/program
+    reasonrun sweep step_dpo_arith method.localize.kind=mc_rollout,programmatic --out runs/locators \\
+        task.multiplications=1 task.min_steps=2 method.rectify.check=none
+    python scripts/locator_agreement.py runs/locators/*mc_rollout* runs/locators/*programmatic*
 
 Both runs must have collected the same solutions (the same seed and settings of ``method.collect``).
 """
@@ -36,7 +36,11 @@ def located(run: Path, step: str) -> tuple[dict[str, int], Counter[str], set[str
     """First wrong steps by rollout, the reasons of those without one, and all errors that were looked into."""
     places = {row["rollout_ids"][0]: row["num_steps"] + 1 for row in rows(run, step, "rows")}
     missing = {row["rollout_id"]: row["reason"] for row in rows(run, step, "left_out")}
-    missing = {rollout: reason for rollout, reason in missing.items() if reason not in NO_ERRORS}
+    missing = {
+        rollout: reason
+        for rollout, reason in missing.items()
+        if reason not in NO_ERRORS and not reason.startswith("ungraded")
+    }
     return places, Counter(missing.values()), set(places) | set(missing)
 
 
@@ -49,6 +53,8 @@ def main() -> None:
     if found[0][2] != found[1][2]:
         raise SystemExit("the runs did not look into the same errors")
     num_errors = len(found[0][2])
+    if not found[0][0].keys() & found[1][0].keys():
+        raise SystemExit(f"of {num_errors} errors none was placed by both runs")
     for run, (places, reasons, _) in zip(args.runs, found, strict=True):
         print(
             f"{run.name}: placed {len(places)} of {num_errors} errors ({len(places) / num_errors:.1%}); {dict(reasons)}"
