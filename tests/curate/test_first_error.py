@@ -20,6 +20,7 @@ def test_the_program_finds_the_first_step_that_is_not_right():
     assert number(RIGHT.replace("8 * 9 = 72", "8 * 8 = 64")) == "Step 1: 8 * 8 = 64"  # true, but not the question
     assert number(RIGHT.replace("Answer: 75", "Answer: 57")) == "Answer: 57"
     assert number("Step 1: 8 * 9 = 72\nAnswer: 72") == "Answer: 72"  # too early
+    assert number("Step 1: 8 * 9 = 72\nAnswer: 75") == "Answer: 75"  # the right number, out of nowhere
     assert number(RIGHT.replace("Answer", "Step 3: 75 + 1 = 76\nAnswer")) == "Step 3: 75 + 1 = 76"
     assert number("nothing") == "no_labels"
 
