@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from reasonrun.curate.duels import Turn, refused
 from reasonrun.curate.group import Group, curation, evidence
-from reasonrun.curate.pairs import Check, Corrected, Form, Pairing, Turn, pairs_of_errors, refused, success_rates
+from reasonrun.curate.pairs import Check, Corrected, Form, Pairing, pairs_of_errors, success_rates
 from reasonrun.curate.steps import LABEL
 from reasonrun.records import Example, Graded, LeftOut
 
