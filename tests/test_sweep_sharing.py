@@ -80,11 +80,11 @@ def test_a_step_that_keeps_its_optimizer_is_another_one(donor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "shared"), [("metrics", set()), ("curate/filtering.py", set()), ("method", {"problems", "sample"})]
+    ("changed", "shared"), [("metrics.py", set()), ("curate/filtering.py", set()), ("method", {"problems", "sample"})]
 )
 def test_other_code_shares_only_what_it_cannot_touch(changed, shared, donor, tmp_path, monkeypatch):
     digests = conditions.code_digests
-    monkeypatch.setattr(conditions, "code_digests", lambda method: {**digests(method), changed: "other"})
+    monkeypatch.setattr(conditions, "code_digests", lambda *classes: {**digests(*classes), changed: "other"})
     alone(tmp_path / "run", donors=[donor])
     names = borrowed(tmp_path / "run")
     assert bool(names) == bool(shared)
