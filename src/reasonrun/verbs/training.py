@@ -100,6 +100,9 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
     )
 
 
+_NOT_LOST = ("correct", "evidence", "searched")  # left out of a choice because they have served, or need nothing
+
+
 def _made_by(checkpoint: Checkpoint | None) -> list[str]:
     return [checkpoint.step] if checkpoint and checkpoint.step else []
 
@@ -114,7 +117,8 @@ def _refuse_empty(ctx: Context, request: TrainRequest) -> None:
     scope, own = request.name.rpartition("/")[0], {rows.step for rows in request.rows}
     for step, left_out in ctx.left_out.items():  # what earlier choices of the round took away
         if step.startswith(f"{scope}/") and step not in own:
-            evidence.update({f"{step.removeprefix(scope + '/')}: {reason}": n for reason, n in left_out.items()})
+            lost = {reason: n for reason, n in left_out.items() if reason not in _NOT_LOST}
+            evidence.update({f"{step.removeprefix(scope + '/')}: {reason}": n for reason, n in lost.items()})
     raise Finding(
         f"step {request.name}: nothing to learn from. Of {num_rows} rows none was kept",
         evidence=dict(evidence),
