@@ -66,7 +66,8 @@ def main() -> None:
     print(f"placed by both: {len(both)}; same step: {num_equal} ({num_equal / len(both):.1%} [{low:.1%}, {high:.1%}])")
     table = Counter((first[rollout], second[rollout]) for rollout in both)
     numbers = sorted({number for cell in table for number in cell})
-    print(f"\n| {args.runs[0].name} \\ {args.runs[1].name} | " + " | ".join(f"step {n}" for n in numbers) + " |")
+    print(f"\nrows: {args.runs[0].name}; columns: {args.runs[1].name}\n")
+    print("|  | " + " | ".join(f"step {n}" for n in numbers) + " |")
     print("|---" * (len(numbers) + 1) + "|")
     for row in numbers:
         print(f"| step {row} | " + " | ".join(str(table[row, column]) for column in numbers) + " |")
