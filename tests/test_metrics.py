@@ -196,3 +196,9 @@ def test_an_interval_over_clusters_does_not_count_copies_as_evidence():
     assert once == pytest.approx(bootstrap_interval(values))
     low, high = bootstrap_interval([v for v in values for _ in range(20)])
     assert high - low < 0.5 * (once[1] - once[0])
+
+
+def test_a_resampled_cluster_brings_its_values_and_their_number():
+    """Values that are all 1 have the mean 1 in every resample, however uneven the clusters."""
+    names = ["a"] * 50 + ["b"] * 3 + ["c"]
+    assert clustered_interval([1.0] * 54, names) == pytest.approx((1.0, 1.0))

@@ -54,6 +54,8 @@ def test_another_seed_gives_other_samples(clean, tmp_path):
     assert content(tmp_path / "run")[name] != content(clean[0])[name]
     greedy = "steps/round-001/evaluate/greedy/rows-00000.parquet"
     assert content(tmp_path / "run")[greedy] == content(clean[0])[greedy]  # evaluation seeds name no run
+    looked = "steps/preflight/sample/rows-00000.parquet"
+    assert content(tmp_path / "run")[looked] == content(clean[0])[looked]  # nor does the look at the base
 
 
 @pytest.mark.parametrize("unit", [1, 2])
