@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench_training import random_model
+from bench_training import random_model, report, run
 from reasonrun.columns import to_arrow_rows
 from reasonrun.records import Checkpoint, PreferenceExample
 from reasonrun.trainers.preference import Preference
@@ -153,8 +153,6 @@ def perturbed(model: str, folder: Path) -> str:
 
 
 def measure(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    import torch
-
     reference = arguments.model
     if reference is None:
         reference = str(work_dir / "reference")
@@ -169,46 +167,23 @@ def measure(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         "trl_without_gradient_checkpointing": lambda *a: run_trl(*a, gradient_checkpointing=False),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    losses: dict[str, float] = {}
+    # The first call of each imports its libraries; counted as loading, it would be taken off what is measured.
+    losses = {name: contender(model, reference, first, 1, work_dir)[0] for name, contender in contenders.items()}
     # Alternating, so that a machine that slows down slows all of them.
     for _ in range(arguments.repeats):
-        for name, run in contenders.items():
-            losses[name], of_one_batch = run(model, reference, first, 1, work_dir)
-            spent = run(model, reference, pairs, arguments.num_steps, work_dir)[1]
-            seconds[name].append(spent - (of_one_batch if name == "ours" else 0.0))
+        for name, contender in contenders.items():
+            loading = contender(model, reference, first, 1, work_dir)[1] if name == "ours" else 0.0
+            spent = contender(model, reference, pairs, arguments.num_steps, work_dir)[1]
+            seconds[name].append(spent - loading)
     num_tokens = sum(pair.num_tokens for pair in pairs)
     timed_tokens = num_tokens * (arguments.num_steps - 1) / arguments.num_steps
-    rates = {name: timed_tokens / statistics.median(values) for name, values in seconds.items()}
-    return {
-        "benchmark": "P3 pairs",
-        **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()},
-        "ratio": round(rates["ours"] / rates["trl"], 3),
-        "ratio_without_gradient_checkpointing": round(rates["ours"] / rates["trl_without_gradient_checkpointing"], 3),
-        "first_loss_ours": losses["ours"],
-        "first_loss_trl": losses["trl"],
-        "same_loss": abs(losses["ours"] - losses["trl"]) < 1e-3,
-        "num_pairs": len(pairs),
-        "num_tokens": num_tokens,
-        "repeats": arguments.repeats,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="model folder, which serves as the reference; a random Llama without it")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=512)
-    parser.add_argument("--num-steps", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=3)
-    with tempfile.TemporaryDirectory() as work_dir:
-        report = measure(parser.parse_args(), Path(work_dir))
-    print(json.dumps(report))
-    return 0 if report["same_loss"] else 1
+    return report(
+        "P3 pairs",
+        {name: timed_tokens / statistics.median(values) for name, values in seconds.items()},
+        (losses["ours"], losses["trl"]),
+        {"num_pairs": len(pairs), "num_tokens": num_tokens, "repeats": arguments.repeats},
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(measure, __doc__))

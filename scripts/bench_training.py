@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,6 @@ def run_trl(
 
 
 def measure(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    import torch
-
     model = arguments.model
     if model is None:
         model = str(work_dir / "model")
@@ -155,30 +154,43 @@ def measure(arguments: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     # Alternating, so that a machine that slows down slows all of them.
     for _ in range(arguments.repeats):
-        for name, run in contenders.items():
-            seconds[name].append(run(model, examples, arguments.num_steps, work_dir)[1])
+        for name, contender in contenders.items():
+            seconds[name].append(contender(model, examples, arguments.num_steps, work_dir)[1])
     num_tokens = sum(len(segment.token_ids) for example in examples for segment in example.segments)
     timed_tokens = num_tokens * (arguments.num_steps - 1) / arguments.num_steps
-    rates = {name: timed_tokens / statistics.median(values) for name, values in seconds.items()}
+    return report(
+        "P3 sft",
+        {name: timed_tokens / statistics.median(values) for name, values in seconds.items()},
+        (loss_ours, loss_trl),
+        {"num_rows": len(examples), "num_tokens": num_tokens, "repeats": arguments.repeats},
+    )
+
+
+def report(
+    benchmark: str, rates: dict[str, float], first_losses: tuple[float, float], sizes: dict[str, int]
+) -> dict[str, Any]:
+    """One line of a benchmark against TRL: tokens per second, their ratios, and whether both began with the same loss."""
+    import torch
+
+    ours, theirs = first_losses
     return {
-        "benchmark": "P3 sft",
+        "benchmark": benchmark,
         **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()},
         "ratio": round(rates["ours"] / rates["trl"], 3),
         "ratio_without_gradient_checkpointing": round(rates["ours"] / rates["trl_without_gradient_checkpointing"], 3),
-        "first_loss_ours": loss_ours,
-        "first_loss_trl": loss_trl,
-        "same_loss": abs(loss_ours - loss_trl) < 1e-3,
-        "num_rows": len(examples),
-        "num_tokens": num_tokens,
-        "repeats": arguments.repeats,
+        "first_loss_ours": ours,
+        "first_loss_trl": theirs,
+        "same_loss": abs(ours - theirs) < 1e-3,
+        **sizes,
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu, {torch.get_num_threads()} threads",
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(measure: Callable[[argparse.Namespace, Path], dict[str, Any]], description: str | None) -> int:
+    """The command line of a benchmark against TRL; 1 when the losses differ."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder; a random Llama without it")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
@@ -186,10 +198,10 @@ def main() -> int:
     parser.add_argument("--num-steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     with tempfile.TemporaryDirectory() as work_dir:
-        report = measure(parser.parse_args(), Path(work_dir))
-    print(json.dumps(report))
-    return 0 if report["same_loss"] else 1
+        line = measure(parser.parse_args(), Path(work_dir))
+    print(json.dumps(line))
+    return 0 if line["same_loss"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(measure, __doc__))

@@ -275,14 +275,13 @@ class Lab:
 
     def preflight(self, probe: Probe) -> dict[str, Any]:
         """How the base does on the first problems of train, in the way that the method will ask it."""
-        whole = self.problems("train")
-        first = whole.problems[:PREFLIGHT_PROBLEMS]
-        extent = Extent.of(min(PREFLIGHT_PROBLEMS, int(whole.extent.expected)))
+        problems = self.problems("train")
+        first = problems.first(min(PREFLIGHT_PROBLEMS, int(problems.extent.expected)))
         num_samples = PREFLIGHT_SAMPLES if probe.sampling.temperature else 1
         with self.scope("preflight"):
             tried = self.sample(
                 self.base,
-                ProblemSet(problems=first, step=whole.step, extent=extent),
+                first,
                 n=num_samples,
                 style=probe.style,
                 sampling=probe.sampling,

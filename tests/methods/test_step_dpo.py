@@ -171,6 +171,11 @@ def test_what_the_settings_need_of_the_task_is_checked():
         load("step_dpo_gsm8k", ["method.localize.kind=programmatic"])
 
 
+def test_a_gain_that_nothing_measures_is_refused():
+    with pytest.raises(RecipeProblems, match="min_gain is what check=continuations measures"):
+        load("smoke_step_dpo", ["method.rectify.min_gain=0.5"])
+
+
 def test_the_defaults_are_the_papers():
     settings = StepDPO.Settings()
     collect, rectify, dpo = settings.collect, settings.rectify, settings.dpo

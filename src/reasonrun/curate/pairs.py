@@ -38,10 +38,10 @@ class Pairing:
     steps: str
     cap: int
     form: Form
-    check: Check
-    min_gain: float
     correction: Correction
     rates: dict[str | None, float]
+    check: Check = "none"
+    min_gain: float = 0.0
     num_taken: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
 
     def example(self, duel: Duel) -> Example | str:

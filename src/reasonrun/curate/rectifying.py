@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from reasonrun.curate.pairs import step_ends
 from reasonrun.records import Checkpoint, Sampling
@@ -37,6 +39,12 @@ class RectifySettings(Settings):
         ge=0,
         lt=1,
     )
+
+    @model_validator(mode="after")
+    def _gain_is_measured(self) -> Self:
+        if self.min_gain and self.check != "continuations":
+            raise ValueError("min_gain is what check=continuations measures; set both or neither")
+        return self
 
     def needs(self) -> Mapping[str, str]:
         """Capabilities of the task that these settings ask for, each with the setting that does."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from reasonrun.curate.duels import Turn, refused
 from reasonrun.curate.group import Group, curation, evidence
-from reasonrun.curate.pairs import Check, Corrected, Form, Pairing, pairs_of_errors, success_rates
+from reasonrun.curate.pairs import Corrected, Pairing, pairs_of_errors, success_rates
 from reasonrun.curate.steps import LABEL
 from reasonrun.records import Example, Graded, LeftOut
 
@@ -20,10 +21,7 @@ def taught_pairs(
     taught: list[Graded],
     *checked: list[Graded],
     steps: str,
-    cap: int,
-    form: Form = "teacher",
-    check: Check = "none",
-    min_gain: float = 0.0,
+    **rules: Any,
 ) -> Iterator[Example | LeftOut]:
     """As ``error_pairs`` in the form ``teacher``, with steps that a model wrote.
 
@@ -34,10 +32,7 @@ def taught_pairs(
         taught: what the teacher wrote, each on the wrong solution that is its parent.
         checked: see ``error_pairs``.
         steps: how completions are cut: labels, lines or task.
-        cap: see ``error_pairs``; a teacher gives one pair for an error.
-        form: ``teacher``.
-        check: see ``error_pairs``.
-        min_gain: see ``error_pairs``.
+        rules: the other parameters of ``error_pairs``, with the form ``teacher``.
     """
     by_error = {row.rollout.parent_id: row for row in taught}
     reasons: dict[str, str] = {}
@@ -52,16 +47,8 @@ def taught_pairs(
             return "no_teacher_step"
         return Corrected(ids=ids, rollout_ids=(row.rollout.id,))
 
-    pairing = Pairing(
-        group=group,
-        steps=steps,
-        cap=cap,
-        form=form,
-        check=check,
-        min_gain=min_gain,
-        correction=correction,
-        rates=success_rates(checked),
-    )
+    rates = success_rates(checked)
+    pairing = Pairing(group=group, steps=steps, correction=correction, rates=rates, **{"form": "teacher", **rules})
     used: set[str] = set()
     for outcome in pairs_of_errors(pairing, tried, rectified):
         if not isinstance(outcome, LeftOut):
