@@ -14,12 +14,14 @@ from typing import Any
 import reasonrun
 from reasonrun.contracts import Method, Task
 
+_PURE = ("metrics.py", "rendering.py", "verbs/curating.py", "credit.py", "on_policy.py", "asks.py")
+
 
 def code_digests(method: type[Method], task: type[Task]) -> dict[str, str]:
     """SHA-256 of the source of the method's and the task's module and of the pure modules that curation calls, by name."""
     package = Path(reasonrun.__file__).parent
     files = {"method": Path(inspect.getfile(method)), "task": Path(inspect.getfile(task))}
-    files.update({path: package / path for path in ("metrics.py", "rendering.py", "verbs/curating.py")})
+    files.update({path: package / path for path in _PURE})
     files.update({f"curate/{path.name}": path for path in sorted((package / "curate").glob("*.py"))})
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from reasonrun.generation import Completion, Request
 from reasonrun.records import Checkpoint, Message, Problem, Sampling, Score
@@ -20,6 +20,20 @@ from reasonrun.training import TrainJob, TrainKind, TrainResult
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def versioned(number: int) -> Callable[[F], F]:
+    """Mark a function that a run names (curation, on-policy rollouts and rewards) with its version; a change of behaviour
+    bumps it."""
+
+    def mark(function: F) -> F:
+        function.version = number  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +168,10 @@ class Engine(Protocol):
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Make ``checkpoint`` the model that answers; returns when its weights are in place."""
+        ...
+
+    def update(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Copy tensors by name over those of the loaded model, which then is another policy."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TRAINERS: dict[TrainKind, str] = {
     "sft": "reasonrun.trainers.sft.SFT",
     "preference": "reasonrun.trainers.preference.Preference",
+    "policy_gradient": "reasonrun.trainers.policy_gradient.PolicyGradient",
 }
 
 
@@ -34,7 +35,7 @@ class InProcessHost:
 
     def __init__(self, engine: Scripted) -> None:
         self._engine = engine
-        self._trainer = ScriptedTrainer()
+        self._trainer = ScriptedTrainer(engine)
         self.unit_rows = engine.settings.unit_rows
         self.num_starts = 0
 

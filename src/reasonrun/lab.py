@@ -13,7 +13,7 @@ from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Problem, Sampling, digest
-from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet, RolloutSet
+from reasonrun.samples import ExampleSet, Extent, GradedSet, OnPolicy, PrefixSet, ProblemSet, RolloutSet
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainKind
 from reasonrun.verbs.asking import About, AskAbout, asks, fitting
@@ -205,7 +205,7 @@ class Lab:
     def train(
         self,
         kind: TrainKind,
-        rows: ExampleSet | Sequence[ExampleSet],
+        rows: ExampleSet | Sequence[ExampleSet] | OnPolicy,
         *,
         start: Checkpoint,
         settings: OptimizerSettings,
@@ -220,7 +220,7 @@ class Lab:
 
         Args:
             kind: the trainer.
-            rows: one set of examples or several, in order.
+            rows: one set of examples or several, in order; for ``policy_gradient`` the source of the policy's own rollouts.
             start: the weights to begin with.
             settings: optimizer, schedule, batch; nothing is read from the recipe.
             num_steps: optimizer steps; or
@@ -238,10 +238,17 @@ class Lab:
             raise RecipeError(f"step {self._full(name)}: train takes num_steps or num_epochs, one of them")
         if carry_optimizer and start.optimizer_path is None:
             raise RunFailed(f"step {self._full(name)}: carry_optimizer needs a start made with keep_optimizer=True")
+        source = rows if isinstance(rows, OnPolicy) else None
+        if (kind == "policy_gradient") != (source is not None) or (source and not num_steps):
+            raise RecipeError(
+                f"step {self._full(name)}: policy_gradient learns from an OnPolicy source for num_steps, other trainers"
+                " from curated examples"
+            )
         request = TrainRequest(
             name=self._claim(name),
             kind=kind,
-            rows=[rows] if isinstance(rows, ExampleSet) else list(rows),
+            rows=[rows] if isinstance(rows, ExampleSet) else [] if isinstance(rows, OnPolicy) else list(rows),
+            on_policy=source,
             start=start,
             reference=reference,
             settings=settings,
@@ -251,6 +258,10 @@ class Lab:
             keep_optimizer=keep_optimizer,
         )
         return train(self._context, request)
+
+    def metrics(self, policy: Checkpoint) -> dict[str, Any]:
+        """What the training step that made ``policy`` reported; nothing for a model that the run started from."""
+        return next((row for row in self._context.rows if policy.step and row["step"] == policy.step), {})
 
     def evaluate(self, policy: Checkpoint, *, split: str = "dev", name: str = "evaluate") -> Evaluation:
         """Accuracy of ``policy`` on a split, as ``evaluate`` of the recipe says. Dev in rounds; test once, at the end."""

@@ -51,11 +51,14 @@ class Plan:
 
     def seconds(self, step: PlannedStep) -> tuple[float, float]:
         """Expected and worst-case seconds of a step under the assumptions."""
-        speed = {
-            "sample": self.assumptions.generated_per_second,
-            "train": self.assumptions.trained_per_second,
-        }.get(step.verb)
-        return (step.tokens.expected / speed, step.tokens.worst / speed) if speed else (0.0, 0.0)
+        generating = self.assumptions.generated_per_second
+        speed = {"sample": generating, "train": self.assumptions.trained_per_second}.get(step.verb)
+        if not speed:
+            return 0.0, 0.0
+        return (
+            step.tokens.expected / speed + step.generated.expected / generating,
+            step.tokens.worst / speed + step.generated.worst / generating,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything the table shows, as plain data."""
@@ -75,12 +78,17 @@ class Plan:
                 for step in self.steps
             ],
             "total": {
-                "tokens_generated": round(sum(s.tokens.expected for s in self.steps if s.verb == "sample")),
+                "tokens_generated": round(sum(_generated(s).expected for s in self.steps)),
                 "tokens_trained": round(sum(s.tokens.expected for s in self.steps if s.verb == "train")),
                 "seconds": [round(sum(self.seconds(s)[i] for s in self.steps), 1) for i in (0, 1)],
                 "peak_disk_bytes": round(sum(s.disk_bytes.worst for s in self.steps)),
             },
         }
+
+
+def _generated(step: PlannedStep) -> Extent:
+    """Tokens that a step samples, while it trains or as all it does."""
+    return step.tokens if step.verb == "sample" else step.generated
 
 
 def _extent(extent: Extent) -> dict[str, float | bool]:
@@ -208,7 +216,7 @@ def compare(plan: Plan, rows: Sequence[dict[str, Any]]) -> Comparison:
         done = int(row[_ACTUAL_UNITS[row["verb"]]])
         if units.exact and done != round(units.expected):
             other_size[name] = (round(units.expected), done)
-    sampled = [step.tokens for step in plan.steps if step.verb == "sample"]
+    sampled = [_generated(step) for step in plan.steps]
     return Comparison(
         as_planned=len(planned.keys() & actual.keys()) - len(other_size),
         other_size=dict(sorted(other_size.items())),
@@ -220,7 +228,7 @@ def compare(plan: Plan, rows: Sequence[dict[str, Any]]) -> Comparison:
             "generated": (
                 round(sum(tokens.expected for tokens in sampled)),
                 round(sum(tokens.worst for tokens in sampled)),
-                sum(int(row["num_completion_tokens"]) for row in actual.values() if row["verb"] == "sample"),
+                sum(int(row.get("num_completion_tokens", 0)) for row in actual.values()),
             )
         },
     )

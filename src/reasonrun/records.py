@@ -181,6 +181,36 @@ class PreferenceExample(Record):
 Example = SFTExample | PreferenceExample
 
 
+class PolicyGradientExample(Record):
+    """One turn of a rollout to make more or less likely, with a reward and a pull towards the reference of its own.
+
+    ``segments`` begin with the prompt; those with ``loss`` are learnt. Rows of one ``group`` and ``attempt`` are each
+    other's baseline. A turn without an example is not learnt from.
+    """
+
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    problem_id: str
+    rollout_id: str
+    segments: tuple[Segment, ...]
+    reward: float
+    kl_coef: float = 0.0
+    group: str
+    attempt: int = 1
+    sampled_logps: tuple[float, ...]  # of the learnt tokens, under the engine that sampled them
+
+
+class Experience(Record):
+    """A rollout of an on-policy training step, and what was made of it."""
+
+    optimizer_step: int  # the first one that could learn from it, from 1
+    rollout: Rollout
+    score: Score
+    reward: float | None = None  # None where nothing was learnt from it, as are the following
+    kl_coef: float | None = None
+    kl: float | None = None  # log(policy / reference) of its tokens, summed
+    advantage: float | None = None
+
+
 class Prefix(Record):
     """The beginning of a rollout's completion, to go on from. No token of it is learnt."""
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from reasonrun.on_policy import RewardFunction, RolloutFunction
 from reasonrun.records import Example, Graded, Prefix, Problem, Rollout, Score, digest
 from reasonrun.sets import Rows
+from reasonrun.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +195,20 @@ class ExampleSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """Where a policy-gradient step's rows come from: the policy's own rollouts, made while it trains (``on_policy.py``).
+
+    ``rollout`` and ``rewards`` are module-level functions, marked with a version, that are called with their settings.
+    """
+
+    problems: ProblemSet
+    rollout: RolloutFunction
+    rollout_settings: Settings
+    rewards: RewardFunction
+    rewards_settings: Settings
 
 
 @dataclass(frozen=True, kw_only=True)

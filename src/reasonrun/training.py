@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import field_validator, model_validator
 
 from reasonrun.records import Checkpoint, Record
 from reasonrun.settings import Effect, Settings, setting
@@ -72,6 +75,110 @@ class PreferenceSettings(OptimizerSettings):
     )
 
 
+_KL_REFUSED = {
+    "k1_in_loss": "k1 as a loss has an expected gradient of zero: it would regularise nothing",
+    "k3_in_loss": "the gradient of k3 as a loss is that of KL(reference || policy), the other direction",
+}
+
+
+class PolicyGradientSettings(OptimizerSettings):
+    """REINFORCE and its relatives on the policy's own rollouts.
+
+    ``credit.py`` turns rewards into advantages, ``trainers/policy_gradient_loss.py`` spells out the losses.
+    """
+
+    batch_size: int = setting(
+        512, Effect.SEMANTIC, "Rollouts of one sampling, over all devices; turns of one count once.", ge=2
+    )
+    group_size: int = setting(4, Effect.SEMANTIC, "Rollouts of one problem, which are each other's baseline.", ge=1)
+    num_iterations: int = setting(1, Effect.SEMANTIC, "Optimizer steps on the rollouts of one sampling.", ge=1)
+    advantage: Literal["leave_one_out", "group_normalised", "reward"] = setting(
+        "leave_one_out",
+        Effect.SEMANTIC,
+        "Baseline: mean of the siblings (RLOO), mean and deviation of the group (GRPO), or none (REINFORCE).",
+    )
+    advantage_scale: Literal["none", "per_attempt"] = setting(
+        "none", Effect.SEMANTIC, "per_attempt divides by the standard deviation over all rows of the same attempt."
+    )
+    kl: Literal["k1_in_reward", "k2_in_loss"] = setting(
+        "k1_in_reward",
+        Effect.SEMANTIC,
+        "Where the pull towards the reference acts; both follow KL(policy || reference).",
+    )
+    kl_reduction: Literal["sum", "mean"] = setting(
+        "sum", Effect.SEMANTIC, "KL of a turn, or of its mean token, which makes the coefficient depend on lengths."
+    )
+    loss_reduction: Literal["sequence", "sequence_mean", "token", "constant"] = setting(
+        "sequence",
+        Effect.SEMANTIC,
+        "Sum over the tokens of a row (RLOO), their mean (GRPO), mean over all tokens (DAPO), sum / max_length (Dr. GRPO).",
+    )
+    ratio: Literal["sequence", "token"] = setting(
+        "sequence", Effect.SEMANTIC, "Probability ratio to the sampling policy: of whole rows, or of each token."
+    )
+    clip_ratio: float | None = setting(
+        None, Effect.SEMANTIC, "Clip the ratio to 1 - x … 1 + x, as PPO does; null does not.", gt=0, lt=1
+    )
+    importance_cap: float | None = setting(
+        None,
+        Effect.SEMANTIC,
+        "Weight each token by min(trainer's / engine's probability, cap); null does not correct their mismatch.",
+        gt=0,
+    )
+    max_mismatch: float = setting(
+        0.05, Effect.OPERATIONAL, "Mean |log-probability of trainer - of engine| above which the run says so.", gt=0
+    )
+    candidate_every: int = setting(
+        0,
+        Effect.SEMANTIC,
+        "Optimizer steps between candidates, of which the best may be chosen; 0 keeps the last.",
+        ge=0,
+    )
+    checkpoint_every: int = setting(25, Effect.OPERATIONAL, "Optimizer steps between durable checkpoints.", ge=1)
+
+    @field_validator("kl", mode="before")
+    @classmethod
+    def _follows_the_right_kl(cls, kl: object) -> object:
+        if kl in _KL_REFUSED:
+            raise ValueError(f"{_KL_REFUSED[str(kl)]}; take k1_in_reward or k2_in_loss")
+        return kl
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        if self.group_size == 1 and self.advantage != "reward":
+            raise ValueError(f"advantage {self.advantage} compares rollouts of one problem, and group_size is 1")
+        return self
+
+    @property
+    def problems_per_sampling(self) -> int:
+        return self.batch_size // self.group_size
+
+
+class Part(Record):
+    """A class or module-level function and the settings that go with it: what another process can find."""
+
+    path: str  # package.module:name
+    settings_path: str  # of their class
+    settings: dict[str, object]
+
+
+class OnPolicyJob(Record):
+    """What a policy-gradient trainer needs to make its own rows while it trains."""
+
+    problems: str  # JSON-lines file of Problem
+    task: Part
+    engine: Part
+    rollout: Part
+    rewards: Part
+
+
+def experience_path(out_dir: Path, optimizer_step: int) -> Path:
+    """Where a job leaves the rollouts of the sampling before ``optimizer_step``: one ``records.Experience`` a line."""
+    return out_dir / f"experience-{optimizer_step:08d}.jsonl"
+
+
 class TrainJob(Record):
     """One training step, complete: a worker needs nothing else.
 
@@ -91,6 +198,7 @@ class TrainJob(Record):
     out_dir: str
     resume_from: str | None = None
     num_processes: int = 1
+    on_policy: OnPolicyJob | None = None  # instead of rows
 
 
 class TrainResult(Record):

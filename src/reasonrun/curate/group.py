@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from reasonrun.contracts import versioned
 from reasonrun.curate.steps import Steps
 from reasonrun.records import Chosen, Graded, LeftOut, Prefix, Problem, Rollout, Segment, SFTExample
 
@@ -47,12 +48,7 @@ class Group:
 
 def curation(version: int) -> Callable[[F], F]:
     """Mark a curation function with its version; a change of behaviour bumps it."""
-
-    def mark(function: F) -> F:
-        function.version = version  # type: ignore[attr-defined]
-        return function
-
-    return mark
+    return versioned(version)
 
 
 def imitate(prompt: Segment, row: Graded, *, source: str = "self", weight: float = 1.0) -> SFTExample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from reasonrun.engines._slots import ATTENTION, attend
-from reasonrun.errors import EnvironmentProblem, RecipeError
+from reasonrun.errors import EnvironmentProblem, RecipeError, RunFailed
 from reasonrun.model_folder import ModelFolder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,6 +105,26 @@ def _copy_weights(model: nn.Module, folder: ModelFolder) -> bool:
             for name in source.keys():  # noqa: SIM118  (not a dict)
                 targets[name].copy_(source.get_tensor(name))
     return True
+
+
+def copy_tensors(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy tensors by name over the model's own, in its arithmetic and on its device.
+
+    Raises:
+        RunFailed: a name or shape is not the model's, or one of its parameters is missing: it would answer with a mixture.
+    """
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    written = set()
+    with torch.no_grad():
+        for name, tensor in weights:
+            target = targets.get(name)
+            if target is None or target.shape != tensor.shape:
+                raise RunFailed(f"the engine's model has no parameter {name} of shape {tuple(tensor.shape)}")
+            target.copy_(tensor)
+            written.add(target.data_ptr())
+    missing = [name for name, target in targets.items() if target.data_ptr() not in written]
+    if missing:
+        raise RunFailed(f"the trainer gave no weights for {', '.join(missing[:3])} of the engine's model")
 
 
 def longest_window(config: Any) -> int | None:

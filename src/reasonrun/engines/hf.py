@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -98,6 +98,18 @@ class HuggingFace:
             self._build(folder)
             self._architecture = architecture
         self._weights = checkpoint.weights
+
+    def update(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Copy tensors by name over the loaded model's, as an on-policy trainer does before it samples.
+
+        Raises:
+            RunFailed: a name or shape is not the model's, or a weight is missing.
+        """
+        self._loaded()
+        from reasonrun.engines._loading import copy_tensors
+
+        self._weights = ""  # no checkpoint's any more
+        copy_tensors(self._model, weights)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """All completions of all requests, each as soon as it is finished.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -60,6 +60,9 @@ class Scripted:
         trained = json.loads(path.read_text())["num_trainings"] if path.exists() else 0
         self.skill = min(1.0, self.settings.accuracy + self.settings.gain * trained)
         self.num_units = 0
+
+    def update(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """A script has no weights."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in request order. Raises RunFailed at ``fail_at_unit``."""

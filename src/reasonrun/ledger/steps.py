@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +152,18 @@ class OpenStep:
             hint = f"`reasonrun repair {self._run_path}` keeps the rows that verify; or {redo_hint(self.name)}"
             self._wals[table] = Wal(self.path / wal_name(table), self._files, self._aside, hint)
         return self._wals[table]
+
+    def rewind(self, table: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Set aside the logged rows of a table, which came in the order of their ordinals, from the first one that ``keep``
+        refuses on: what follows the checkpoint that work goes on from is made again, and may come out otherwise."""
+        wal = self.wal(table)
+        first = None
+        for ordinal in reversed(wal.ordinals().tolist()):
+            if keep(wal.read(ordinal)):
+                break
+            first = ordinal
+        if first is not None:
+            wal.cut(first, self._aside)
 
     def seal_table(self, table: str, record_type: type[Record], rows: Iterable[Record]) -> int:
         """Write a table's final Parquet shards ``<table>-00000.parquet`` … in the given order, in flat memory.

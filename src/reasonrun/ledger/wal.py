@@ -128,6 +128,18 @@ class Wal:
         for ordinal in self.ordinals():
             yield self.read(int(ordinal))
 
+    def cut(self, first: int, set_aside: Callable[[str], Path]) -> None:
+        """Set aside row ``first`` and everything that was logged after it. Raises KeyError when it is absent."""
+        if first not in self:
+            raise KeyError(first)
+        offset = int(self._offsets[first])
+        self._file.close()
+        self._cut_file(offset, set_aside(f"{self.path.name}.from-{first}"))
+        self._file = self._files.append(self.path, "wal")
+        self._offsets[self._offsets >= offset] = -1
+        self._num_rows = int(np.sum(self._offsets >= 0))
+        self._flushed_to = self._marked_to = offset
+
     def close(self) -> None:
         """Flush and give the descriptors back. Calling it twice does no harm."""
         if self._descriptor >= 0:
@@ -169,12 +181,15 @@ class Wal:
         size = self.path.stat().st_size
         end = self._scan()
         if end < size:
-            with self._files.explaining(self.path), open(self.path, "rb") as file:
-                file.seek(end)
-                tail = file.read()
-            self._files.write_atomic(set_aside(f"{self.path.name}.tail-{end}"), tail, "json")
-            self._files.point("wal.before_truncate")
-            self._files.truncate(self.path, end)
+            self._cut_file(end, set_aside(f"{self.path.name}.tail-{end}"))
+
+    def _cut_file(self, end: int, aside: Path) -> None:
+        with self._files.explaining(self.path), open(self.path, "rb") as file:
+            file.seek(end)
+            tail = file.read()
+        self._files.write_atomic(aside, tail, "json")
+        self._files.point("wal.before_truncate")
+        self._files.truncate(self.path, end)
 
     def _scan(self) -> int:
         """Index every good line and return the offset where the usable part ends."""

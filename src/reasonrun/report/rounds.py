@@ -74,6 +74,7 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
         line.num_hinted += row["sources"].get("hinted", 0)
     elif verb == "train":
         line.num_steps += row["num_steps"]
+        line.num_tokens += row.get("num_completion_tokens", 0)
         line.loss = row.get("loss")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reasonrun.errors import Finding
+from reasonrun.records import Segment
 
 _NAMES = ("rollout_ids", "problem_id")
 
@@ -103,6 +104,23 @@ def read_rows(paths: Sequence[str]) -> Sequences:
     Only the columns that training needs are read; nested segments are ``list<struct<token_ids, src, loss, …>>``.
     """
     return _join([_flatten(batch) for batch in _batches(paths, ["segments", "weight", *_NAMES])] or [_empty()])
+
+
+def sequences_of(rows: Sequence[tuple[str, Sequence[Segment]]]) -> Sequences:
+    """Rows that stand in memory: what messages call each, and its segments."""
+    segments = [segment for _, own in rows for segment in own]
+    num_tokens_S = [len(segment.token_ids) for segment in segments]
+    lengths_N = [sum(len(segment.token_ids) for segment in own) for _, own in rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int64)
+    learnt = np.repeat([segment.loss for segment in segments], num_tokens_S)
+    learnt[offsets[:-1]] = False
+    return Sequences(
+        token_ids=np.array([i for segment in segments for i in segment.token_ids], dtype=np.int64),
+        learnt=learnt,
+        weights=np.repeat([segment.weight for segment in segments], num_tokens_S).astype(np.float32),
+        offsets=offsets,
+        names=tuple(name for name, _ in rows),
+    )
 
 
 def read_pairs(paths: Sequence[str]) -> Pairs:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
@@ -20,7 +19,6 @@ from reasonrun.errors import RecipeError
 from reasonrun.model_folder import ModelFolder
 from reasonrun.randomness import derive_seed
 from reasonrun.trainers import launch
-from reasonrun.trainers.batches import plan_batches
 from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
 from reasonrun.trainers.objective import Fixed, Objective
 from reasonrun.trainers.step_trainer import StepTrainer
@@ -28,6 +26,7 @@ from reasonrun.training import LoRASettings, OptimizerSettings, TrainJob, TrainR
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _REPORTED = ("loss", "lr", "grad_norm")
+_COUNTS = ("num_tokens", "num_padded_tokens", "learning_rate", "epoch", "step")
 
 
 def run_job(
@@ -76,12 +75,12 @@ def _train(
     args = _arguments(job, settings, out_dir)
     set_seed(args.seed)  # adapters are drawn before the Trainer seeds
     model, stored_dtype = _load(job, settings)
-    plan = plan_batches(objective.lengths, settings.batch_size, job.num_steps, job.seed)
+    rows = objective.plan(settings.batch_size, job.num_steps, job.seed)
     trainer = StepTrainer(
         model=model,
         args=args,
         objective=objective,
-        plan=plan,
+        num_steps=job.num_steps,
         micro_batch_size=settings.micro_batch_size,
         checkpoint_every=settings.checkpoint_every,
         out_dir=out_dir,
@@ -90,16 +89,22 @@ def _train(
     objective.begin(
         Fixed(
             start=trainer.model,
-            load_reference=_reference(job, settings, trainer),
+            # An adapter starts as zero.
+            start_is_reference=job.resume_from is None
+            and (job.reference is None or job.reference.weights == job.start.weights),
+            load_reference=lambda: _load_reference(job, settings, trainer),
             resume_from=Path(job.resume_from) if job.resume_from else None,
-            rows=np.unique(np.concatenate(plan)),
+            rows=rows,
             tell=lambda text: events({"event": "note", "text": text}),
         )
     )
     trainer.accelerator.free_memory()  # it keeps what it prepared, the reference too
     if carry and job.resume_from is None:
         read_moments(model, trainer.create_optimizer(), Path(str(job.start.optimizer_path)))
-    trainer.train(resume_from_checkpoint=job.resume_from)
+    try:
+        trainer.train(resume_from_checkpoint=job.resume_from)
+    finally:
+        objective.close()
     trainer.remove_staging()
     if args.process_index == 0:
         _write_outputs(model, trainer.optimizer, job, stored_dtype)
@@ -182,24 +187,17 @@ def _in_training_dtype(model: Any, settings: OptimizerSettings) -> Any:
     return model
 
 
-def _reference(job: TrainJob, settings: OptimizerSettings, trainer: StepTrainer) -> Callable[[], Any] | None:
-    """Gives the job's reference model in the arithmetic of the trained one; None where that still is the reference.
-
-    The trained model is the reference before its first update when both have the same weights; an adapter starts as
-    zero.
-    """
-    reference = job.reference
-    if reference is None or (reference.weights == job.start.weights and job.resume_from is None):
-        return None
-
-    def load() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            reference.path, dtype="auto", use_safetensors=True, local_files_only=True
+def _load_reference(job: TrainJob, settings: OptimizerSettings, trainer: StepTrainer) -> Any:
+    """The job's reference model in the arithmetic of the trained one."""
+    if job.reference is None:
+        raise RecipeError(
+            "this training step compares with a reference model, and was given none", hint="pass reference="
         )
-        model = _in_training_dtype(model, settings).to(trainer.args.device)
-        return trainer.accelerator.prepare_model(model, evaluation_mode=True)
-
-    return load
+    model = AutoModelForCausalLM.from_pretrained(
+        job.reference.path, dtype="auto", use_safetensors=True, local_files_only=True
+    )
+    model = _in_training_dtype(model, settings).to(trainer.args.device)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def _with_adapters(model: Any, lora: LoRASettings) -> Any:
@@ -232,13 +230,13 @@ def _result(
     history: list[dict[str, float]], objective: Objective, batch_size: int, counts: dict[str, int]
 ) -> TrainResult:
     """Sums over all steps, earlier attempts included: the history travels with each checkpoint."""
-    num_rows = len(objective.lengths)
     last = history[-max(1, len(history) // 10) :]
-    reported = (*_REPORTED, *objective.statistics)
-    metrics: dict[str, float] = {key: sum(row[key] for row in last) / len(last) for key in reported}
+    # A statistic of some steps only, such as one of a third attempt, is the mean of those.
+    reported = dict.fromkeys([*_REPORTED, *(key for row in last for key in row if key not in _COUNTS)])
+    found = {key: [row[key] for row in last if key in row] for key in reported}
+    metrics: dict[str, float] = {key: sum(values) / len(values) for key, values in found.items()}
     metrics["first_loss"] = history[0]["loss"]
-    metrics["num_examples"] = num_rows
-    metrics["num_epochs"] = len(history) * batch_size / num_rows
+    metrics.update(objective.totals(history, batch_size))
     metrics.update(counts)
     return TrainResult(
         num_steps=len(history),

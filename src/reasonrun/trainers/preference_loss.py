@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.examples import Pairs
-from reasonrun.trainers.objective import Computed, Fixed, Objective, is_out_of_memory
+from reasonrun.trainers.objective import Computed, Fixed, Objective
+from reasonrun.trainers.passes import in_passes
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import PreferenceSettings
 
@@ -165,7 +166,7 @@ class PreferenceObjective(Objective):
         if fixed.resume_from is not None:
             self._reference_2N = load_file(fixed.resume_from / _FILE)["logps"]
             return
-        model = fixed.start if fixed.load_reference is None else fixed.load_reference()
+        model = fixed.start if fixed.start_is_reference else fixed.load_reference()
         was_training = model.training
         model.eval()
         self._reference_2N = self._reference(model, fixed)
@@ -177,31 +178,20 @@ class PreferenceObjective(Objective):
 
     def _reference(self, model: Any, fixed: Fixed) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Shape (2, N), chosen first, in passes of one optimizer batch, rows of like length together."""
-        size = self.settings.micro_batch_size or self.settings.batch_size
         order = fixed.rows[np.argsort(-self.lengths[fixed.rows], kind="stable")]
         found_2N = np.full((2, len(self.lengths)), np.nan)
-        done, told = 0, time.monotonic()
-        while done < len(order):
-            rows = order[done : done + size]
-            try:
-                with torch.no_grad():
-                    chosen_B, rejected_B, _ = self.logps(model, rows, next(model.parameters()).device)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise RunFailed(
-                        f"Out of memory at the reference log-probabilities: a single pair does not fit. It has"
-                        f" {self.lengths[rows[0]]} tokens ({self.name(int(rows[0]))}).",
-                        hint="Lower max_length, set dtype=bfloat16, or use more memory.",
-                    ) from error
-                size = (size + 1) // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
+        told = time.monotonic()
+
+        def run(rows: Indexes) -> None:
+            nonlocal told
+            chosen_B, rejected_B, _ = self.logps(model, rows, next(model.parameters()).device)
             found_2N[0, rows], found_2N[1, rows] = chosen_B.double().cpu(), rejected_B.double().cpu()
-            done += len(rows)
             if time.monotonic() - told > _TELL_SECONDS:
                 told = time.monotonic()
+                done = int(np.isfinite(found_2N[0]).sum())
                 fixed.tell(f"reference log-probabilities of {done} of {len(order)} pairs")
+
+        size = self.settings.micro_batch_size or self.settings.batch_size
+        longest = f"pair, the longest of which has {self.lengths[order[0]]} tokens ({self.name(int(order[0]))}),"
+        in_passes(order, size, run, what="the reference log-probabilities", single=longest)
         return found_2N

@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from reasonrun.contracts import TrainEvents
-from reasonrun.records import digest
-from reasonrun.training import TrainJob, TrainResult
+from reasonrun.contracts import Engine, TrainEvents
+from reasonrun.on_policy import Collected, Collector
+from reasonrun.records import Experience, digest
+from reasonrun.trainers.batches import plan_batches
+from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult, experience_path
 
 
 class ScriptedTrainer:
-    """Writes a checkpoint that the scripted engine understands: its "weights" are the bytes of a script."""
+    """Writes a checkpoint that the scripted engine understands: its "weights" are the bytes of a script.
+
+    An on-policy job samples and rewards at every optimizer step, as a real trainer does, with the script of its start.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
         """One more training in the checkpoint's history. The folder's digest depends on rows, start and settings."""
@@ -22,7 +30,16 @@ class ScriptedTrainer:
         final.mkdir(parents=True)
         start = Path(job.start.path) / "scripted.json"
         trained = json.loads(start.read_text())["num_trainings"] if start.exists() else 0
-        rows = [Path(path).stat().st_size for path in job.rows]
+        rows: list[object] = [Path(path).stat().st_size for path in job.rows]
+        result = TrainResult(
+            num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)}
+        )
+        if job.on_policy is None:
+            for step in range(1, job.num_steps + 1, max(1, job.num_steps // 4)):
+                events({"event": "log", "step": step, "loss": 1.0 / (trained + step)})
+        else:
+            result = self._on_policy(job, job.on_policy, events)
+            rows = [spec.model_dump(mode="json") for spec in (job.on_policy.rollout, job.on_policy.rewards)]
         content = {
             "num_trainings": trained + 1,
             "source": digest([job.start.weights, rows, job.settings, job.num_steps, job.seed]),
@@ -30,8 +47,41 @@ class ScriptedTrainer:
         text = json.dumps(content, sort_keys=True)
         (final / "scripted.json").write_text(text)
         save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
-        for step in range(1, job.num_steps + 1, max(1, job.num_steps // 4)):
-            events({"event": "log", "step": step, "loss": 1.0 / (trained + step)})
+        return result
+
+    def _on_policy(self, job: TrainJob, spec: OnPolicyJob, events: TrainEvents) -> TrainResult:
+        settings = PolicyGradientSettings.model_validate(job.settings)
+        self._engine.load(job.start)
+        collector = Collector(job, spec, self._engine, settings)
+        alike = np.zeros(len(collector.problems), dtype=np.int64)
+        plan = plan_batches(alike, settings.problems_per_sampling, job.num_steps, job.seed)
+        rewards, num_tokens = [], 0
+        for number, places in enumerate(plan, start=1):
+            collected = collector.reward(collector.collect(number, [collector.problems[place] for place in places]))
+            _keep(collected, number, Path(job.out_dir))
+            statistics = collected.statistics()
+            rewards.append(statistics["reward"])
+            num_tokens += sum(len(segment.token_ids) for row in collected.rows for segment in row.segments)
+            events({"event": "log", "step": number, "loss": 0.0, **statistics})
+        collector.close()
         return TrainResult(
-            num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)}
+            num_steps=job.num_steps,
+            num_tokens=0,
+            num_padded_tokens=num_tokens,
+            metrics={"loss": 0.0, "reward": rewards[-1], "mean_reward": float(np.mean(rewards))},
         )
+
+
+def _keep(collected: Collected, number: int, out_dir: Path) -> None:
+    by_id = {row.rollout_id: row for row in collected.rows}
+    with experience_path(out_dir, number).open("w", encoding="utf-8") as file:
+        for graded in collected.graded:
+            row = by_id.get(graded.rollout.id)
+            kept = Experience(
+                optimizer_step=number,
+                rollout=graded.rollout,
+                score=graded.score,
+                reward=row.reward if row else None,
+                kl_coef=row.kl_coef if row else None,
+            )
+            file.write(kept.model_dump_json() + "\n")

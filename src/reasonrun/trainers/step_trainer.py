@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -39,26 +40,28 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         model: Any,
         args: TrainingArguments,
         objective: Objective,
-        plan: Sequence[Indexes],
+        num_steps: int,
         micro_batch_size: int,
         checkpoint_every: int,
         out_dir: Path,
         events: TrainEvents,
     ) -> None:
-        super().__init__(model=model, args=args, callbacks=[_Checkpoints(checkpoint_every, len(plan))])
+        every = math.ceil(checkpoint_every / objective.steps_per_checkpoint) * objective.steps_per_checkpoint
+        super().__init__(model=model, args=args, callbacks=[_Checkpoints(every, num_steps)])
         self.remove_callback(PrinterCallback)
         # Prepared as for evaluation: mixed precision, but no wrapper that sums gradients (see above).
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._objective = objective
-        self._plan = plan
-        self._micro_batch_size = micro_batch_size or math.ceil(len(plan[0]) / args.world_size)
+        self._num_steps = num_steps
+        self._batch: Indexes = np.empty(0, dtype=np.int64)  # of the optimizer step at hand
+        self._micro_batch_size = micro_batch_size  # 0 takes the whole share
         self._out_dir = out_dir
         self._events = events if args.process_index == 0 else _ignore
         self._counts: dict[str, float] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item per optimizer step: its number."""
-        steps = [{"step": step} for step in range(len(self._plan))]
+        steps = [{"step": step} for step in range(self._num_steps)]
         return DataLoader(cast(Any, steps), batch_size=1, collate_fn=_only)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -67,8 +70,8 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Raises:
             RunFailed: the loss is not finite, or one example does not fit into memory.
         """
-        batch = self._plan[inputs["step"]]
         model.train()
+        batch = self._batch = self._objective.batch(inputs["step"])
         while True:
             sums_NS, num_padded_tokens, out_of_memory = self._agree(*self._accumulate(model, batch))
             if not out_of_memory:
@@ -84,7 +87,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._sum_gradients(model)
         self._counts = {"num_tokens": self._objective.num_tokens(batch), "num_padded_tokens": num_padded_tokens}
         means = sums_NS[:, 1:].mean(dim=0).tolist()
-        self._counts |= dict(zip(self._objective.statistics, means, strict=True))
+        self._counts |= dict(zip(self._objective.statistics, means, strict=True)) | self._objective.step_statistics()
         return losses_N.sum().to(self.args.device)
 
     def _accumulate(self, model: Any, batch: Indexes) -> tuple[torch.Tensor, int, bool]:
@@ -93,7 +96,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         sums_NS = torch.zeros((len(batch), 1 + len(self._objective.statistics)), dtype=torch.float64)
         share = share_of_rank(batch, self._objective.lengths, self.args.process_index, self.args.world_size)
         num_padded_tokens = 0
-        for micro in micro_batches(share, self._micro_batch_size):
+        for micro in micro_batches(share, self._pass_size(batch)):
             try:
                 computed = self._objective.losses(model, batch, micro, self.args.device)
                 self.accelerator.backward(computed.losses_B.sum())
@@ -118,15 +121,20 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         both = both.cpu()
         return both[:-2].view_as(sums_NS), int(both[-2]), bool(both[-1] > 0)
 
+    def _pass_size(self, batch: Indexes) -> int:
+        """Rows of one forward pass."""
+        return self._micro_batch_size or math.ceil(len(batch) / self.args.world_size)
+
     def _halve(self, step: int, batch: Indexes) -> None:
-        if self._micro_batch_size == 1:
+        size = self._pass_size(batch)
+        if size == 1:
             longest = max((int(row) for row in batch), key=lambda row: int(self._objective.lengths[row]))
             raise RunFailed(
                 f"Out of memory at optimizer step {step + 1}: a single example does not fit. The longest of this batch"
                 f" has {self._objective.lengths[longest]} tokens ({self._objective.name(longest)}).",
                 hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use more memory.",
             )
-        self._micro_batch_size = math.ceil(self._micro_batch_size / 2)
+        self._micro_batch_size = math.ceil(size / 2)
         self._events(
             {
                 "event": "note",
@@ -161,7 +169,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         if not math.isfinite(norm):
-            raise self._not_finite("gradient", self._plan[self.state.global_step].tolist())
+            raise self._not_finite("gradient", self._batch.tolist())
         return norm
 
     def _not_finite(self, what: str, rows: Sequence[int]) -> RunFailed:
@@ -181,6 +189,9 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], **self._counts}
         super().log(dict(row))
         self._events({"event": "log", "step": self.state.global_step, **row})
+        seconds = self._objective.seconds()
+        if seconds:
+            self._events({"event": "seconds", "step": self.state.global_step, **seconds})
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: an item of the loader holds no tensors."""

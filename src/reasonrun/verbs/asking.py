@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from reasonrun.asks import Ask, ask_in_style, ask_next_turn
 from reasonrun.errors import RecipeError
-from reasonrun.records import Checkpoint, Message, Prefix, Problem, Rollout, Segment
+from reasonrun.records import Checkpoint, Message, Prefix, Problem, Rollout
 from reasonrun.samples import PrefixSet, ProblemSet, RolloutSet
 from reasonrun.verbs.context import Context
 
 AskAbout = Callable[[Problem, Any], Sequence[Message]]
 """The messages of a new conversation about a rollout, or about the beginning of one."""
 About = TypeVar("About", RolloutSet, PrefixSet)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """One prompt to sample from: a problem in a style, the next turn of a rollout, the beginning of one, a question
-    about one.
-
-    ``given`` is the beginning of the answer, put in the model's mouth. ``prompt_ids`` are empty for a remote model.
-    ``in_words`` sends the messages along, too.
-    """
-
-    problem: Problem
-    messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    given: tuple[Segment, ...] = ()
-    parent_id: str | None = None
-    in_words: bool = False
-
-    @property
-    def given_ids(self) -> tuple[int, ...]:
-        return tuple(i for segment in self.given for i in segment.token_ids)
-
-    @property
-    def all_ids(self) -> tuple[int, ...]:
-        """What the engine goes on from."""
-        return self.prompt_ids + self.given_ids
-
-    @property
-    def identity(self) -> list[Any]:
-        """What the completions depend on: the ids, or the words where there are none."""
-        ids: list[Any] = list(self.all_ids)
-        return ids or [[message.role, message.content] for message in self.messages]
 
 
 def asks(
@@ -74,7 +42,7 @@ def asks(
         raise RecipeError(
             "sample from rollouts needs turn=, the user's next message, or prompt=, which asks about each"
         )
-    return [_next_turn(ctx, policy, rollout, Message(role="user", content=turn)) for rollout in source]
+    return [_next_turn(ctx, policy, rollout, turn) for rollout in source]
 
 
 def fitting(ctx: Context, policy: Checkpoint, source: About, about: AskAbout, max_new_tokens: int) -> About:
@@ -90,8 +58,7 @@ def fitting(ctx: Context, policy: Checkpoint, source: About, about: AskAbout, ma
 def _in_style(ctx: Context, policy: Checkpoint, problem: Problem, style: str) -> Ask:
     messages = ctx.task.messages(problem, style)
     if not policy.remote:
-        opening = ctx.opening(style, ctx.renderer_of(policy))
-        return Ask(problem=problem, messages=messages, prompt_ids=ctx.rendered(policy, messages), given=opening)
+        return ask_in_style(problem, messages, ctx.task.opening(style), ctx.renderer_of(policy))
     if ctx.task.opening(style):
         raise RecipeError(
             f"the style {style} begins every answer with words of its own, which no endpoint lets anybody do",
@@ -123,17 +90,17 @@ def _continuation(ctx: Context, prefix: Prefix) -> Ask:
     )
 
 
-def _next_turn(ctx: Context, policy: Checkpoint, rollout: Rollout, said: Message) -> Ask:
+def _next_turn(ctx: Context, policy: Checkpoint, rollout: Rollout, said: str) -> Ask:
     """Earlier ids are kept as they are where the model reads them; else the conversation is rendered anew."""
-    messages = (*rollout.messages, Message(role="assistant", content=rollout.text), said)
+    problem = ctx.problems_by_id[rollout.problem_id]
     if not policy.remote and rollout.prompt_ids and ctx.tokenizer_of(rollout) == policy.tokenizer:
-        ids = ctx.renderer_of(policy).next_turn(rollout.prompt_ids, rollout.completion_ids, [said])
-    else:
-        ids = ctx.rendered(policy, messages)
+        return ask_next_turn(problem, rollout, said, ctx.renderer_of(policy))
+    answered = Message(role="assistant", content=rollout.text)
+    messages = (*rollout.messages, answered, Message(role="user", content=said))
     return Ask(
-        problem=ctx.problems_by_id[rollout.problem_id],
+        problem=problem,
         messages=messages,
-        prompt_ids=ids,
+        prompt_ids=ctx.rendered(policy, messages),
         parent_id=rollout.id,
         in_words=policy.remote,
     )

@@ -17,7 +17,7 @@ from reasonrun.ledger.borrowing import Donors
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.recipe import ResolvedRecipe
-from reasonrun.records import Checkpoint, Message, Problem, Rollout, Segment
+from reasonrun.records import Checkpoint, Message, Problem, Rollout
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
 from reasonrun.training import TrainJob, TrainResult
@@ -63,11 +63,16 @@ class PlannedStep:
     units: Extent
     tokens: Extent  # generated or trained
     disk_bytes: Extent
+    generated: Extent = field(default_factory=lambda: Extent.of(0))  # by a training step that samples while it trains
 
     def only_possible(self) -> PlannedStep:
         """The same for a step that need not come: nothing of it is expected."""
         return replace(
-            self, units=self.units.share(0), tokens=self.tokens.share(0), disk_bytes=self.disk_bytes.share(0)
+            self,
+            units=self.units.share(0),
+            tokens=self.tokens.share(0),
+            disk_bytes=self.disk_bytes.share(0),
+            generated=self.generated.share(0),
         )
 
 
@@ -139,11 +144,11 @@ class Context:
             return None
 
         def refuse(reason: str) -> None:
-            self._note({"step": step.name, "not_borrowed": reason})
+            self.note({"step": step.name, "not_borrowed": reason})
             self.progress.say(f"{step.name}: {reason}")
 
         def take(path: Path) -> None:
-            self._note({"step": step.name, "borrowed_from": str(path)})
+            self.note({"step": step.name, "borrowed_from": str(path)})
             self.progress.say(f"{step.name}: taken from {path}")
 
         taken = self.donors.lend(step, fingerprint, take, refuse)
@@ -187,11 +192,6 @@ class Context:
         messages = self.task.messages(problem, style)
         return messages, self.renderer.render(messages)
 
-    def opening(self, style: str, renderer: Renderer) -> tuple[Segment, ...]:
-        """The beginning that every answer in ``style`` is given."""
-        ids = renderer.encode(self.task.opening(style))
-        return (Segment(token_ids=ids, src="prompt", loss=False),) if ids else ()
-
     @contextmanager
     def timed(self, step: str, verb: str) -> Iterator[None]:
         """Note the seconds that this attempt spent on a step; they never enter the step itself."""
@@ -199,8 +199,9 @@ class Context:
         try:
             yield
         finally:
-            self._note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})
+            self.note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def note(self, line: dict[str, Any]) -> None:
+        """Add a line about this attempt; nothing that a result depends on."""
         with (self.attempt_dir / "notes.jsonl").open("a") as notes:
             notes.write(json.dumps(line) + "\n")

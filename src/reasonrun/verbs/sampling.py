@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reasonrun.asks import Ask, Asking
 from reasonrun.errors import RecipeError
 from reasonrun.generation import Completion, Request
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.ledger.wal import Wal
-from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint, Rollout, Sampling, Segment, digest
-from reasonrun.rendering import Renderer
+from reasonrun.records import Checkpoint, Rollout, Sampling
 from reasonrun.samples import Extent, ProblemSet, RolloutSet
 from reasonrun.sets import Rows
-from reasonrun.verbs.asking import Ask
 from reasonrun.verbs.context import Context, PlannedStep, Unit
 
 
@@ -40,55 +38,16 @@ class SampleJob:
     inputs: tuple[str, ...]
     extent: Extent  # of the asks
 
-    def request(self, ordinal: int, done: tuple[int, ...] = ()) -> Request:
-        """The request of one ask; its key holds everything that the completions depend on."""
-        ask = self.asks[ordinal]
-        all_ids, identity = ask.all_ids, ask.identity
-        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(identity))
-        key = digest(
-            [
-                self.policy.weights,
-                self.policy.tokenizer,
-                ask.problem.id,
-                ask.parent_id,
-                identity,
-                self.sampling.model_dump(mode="json"),
-                list(self.seed_parts),
-            ]
-        )
-        return Request(
-            key=key,
-            problem_id=ask.problem.id,
-            prompt_ids=all_ids,
-            num_given=len(all_ids) - len(ask.prompt_ids),
-            n=self.n,
-            seed=seed,
-            sampling=self.sampling,
-            messages=ask.messages if ask.in_words else (),
-            done=done,
-        )
-
-    def rollout(
-        self, ask: Ask, request: Request, index: int, completion: dict[str, Any], renderer: Renderer | None
-    ) -> Rollout:
-        """The record of sample ``index`` of an ask from its logged completion."""
-        logps = completion["logps"]
-        sampled = Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)
-        return Rollout(
-            id=f"{request.key}-{index}",
-            problem_id=ask.problem.id,
-            index=index,
-            parent_id=ask.parent_id,
-            kind=self.kind,
-            messages=ask.messages,
-            prompt_ids=ask.prompt_ids,
-            segments=() if self.policy.remote else (*ask.given, sampled),
-            text=_whole_text(ask, completion, renderer) if renderer and ask.given else completion["text"],
-            finish_reason=completion["finish"],
-            logps=None if logps is None else tuple(logps),
+    @property
+    def asking(self) -> Asking:
+        return Asking(
             policy=self.policy.weights,
+            tokenizer=self.policy.tokenizer,
+            kind=self.kind,
+            n=self.n,
             sampling=self.sampling,
-            seed=request.seed,
+            seed_parts=self.seed_parts,
+            remote=self.policy.remote,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -104,17 +63,6 @@ class SampleJob:
             "prompts": _prompts_digest(self.asks),
             "inputs": list(self.inputs),
         }
-
-
-def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:
-    """Given and sampled tokens decoded together, without the stop string that the engine took off.
-
-    A tokenizer may decode the first token of a text otherwise than the same one further on.
-    """
-    ids = tuple(completion["ids"])
-    num_taken_off = len(renderer.decode(ids)) - len(completion["text"])
-    whole = renderer.decode(ask.given_ids + ids)
-    return whole[: len(whole) - num_taken_off]
 
 
 def _prompts_digest(asks: Sequence[Ask]) -> str:
@@ -240,11 +188,12 @@ def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_fl
     pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].all_ids), ordinal))
     size = 1 if job.policy.remote else max(1, unit_rows // job.n)
     rows = {int(row) for row in missing} if job.policy.remote else set()
+    asking = job.asking
     for start in range(0, len(pending), size):
         requests = []
         for ordinal in pending[start : start + size]:
             done = tuple(n for n in range(job.n) if rows and ordinal * job.n + n not in rows)
-            requests.append(job.request(ordinal, done))
+            requests.append(asking.request(job.asks[ordinal], done))
             in_flight.put(requests[-1], ordinal)
         yield start // size, requests
 
@@ -261,12 +210,14 @@ def _logged(completion: Completion) -> dict[str, Any]:
 
 def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
     renderer = None if job.policy.remote else ctx.renderer_of(job.policy)
+    asking = job.asking
     for row in range(total):
         ordinal, index = divmod(row, job.n)
         if not index:
-            ask, request = job.asks[ordinal], job.request(ordinal)
+            ask = job.asks[ordinal]
+            request = asking.request(ask)
         completion = wal.read(row)
-        rollout = job.rollout(ask, request, index, completion, renderer)
+        rollout = asking.rollout(ask, request, index, completion, renderer)
         prompt_tokens, tokens = completion.get("usage", (0, len(completion["ids"])))
         counts["tokens"] += tokens
         counts["num_prompt_tokens"] += prompt_tokens

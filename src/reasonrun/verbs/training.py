@@ -8,17 +8,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from reasonrun.errors import Finding, RecipeError
+from reasonrun.errors import Finding, RecipeError, RunConflict
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.models import weights_digest
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint
-from reasonrun.samples import ExampleSet, Extent
+from reasonrun.samples import ExampleSet, Extent, OnPolicy
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Context, PlannedStep
+from reasonrun.verbs.on_policy import described, on_policy_job
+from reasonrun.verbs.training_log import TrainingLog
+
+_REHEARSED_STEPS = 2  # of an on-policy step; the plan scales what they took
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ class TrainRequest:
     name: str
     kind: TrainKind
     rows: Sequence[ExampleSet]
+    on_policy: OnPolicy | None  # instead of rows
     start: Checkpoint
     reference: Checkpoint | None
     settings: OptimizerSettings
@@ -66,21 +70,25 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
             f"step {request.name}: a model behind an endpoint has no weights here to start from, or to compare with",
             hint="train the policy, lab.base",
         )
-    _refuse_empty(ctx, request)
-    _refuse_other_kinds(request)
-    _plan(ctx, request)
+    if request.on_policy is None:
+        _refuse_empty(ctx, request)
+        _refuse_other_kinds(request)
     seed = derive_seed("train", ctx.seed, request.name)
+    source = request.on_policy
+    made_of = {"rows": [rows.digest for rows in request.rows]} if source is None else described(ctx, source)
+    inputs = [rows.step for rows in request.rows] if source is None else [source.problems.step]
     fingerprint = {
-        "verb": "train",
+        # On-policy rows depend on the method's functions too, which conditions of borrowing know by the verb.
+        "verb": "train" if source is None else "train_on_policy",
         "kind": request.kind,
-        "rows": [rows.digest for rows in request.rows],
+        **made_of,
         "start": request.start.weights,
         "reference": request.reference.weights if request.reference else None,
         "optimizer_of": request.start.step if request.carry_optimizer else None,
         "settings": semantic(request.settings),
         "num_steps": request.num_steps,
         "seed": seed,
-        "inputs": [*(rows.step for rows in request.rows), *_made_by(request.start), *_made_by(request.reference)],
+        "inputs": [*inputs, *_made_by(request.start), *_made_by(request.reference)],
         **({"keep_optimizer": True} if request.keep_optimizer else {}),  # the step then holds one folder more
     }
     step = ctx.open_step(request.name, fingerprint)
@@ -89,6 +97,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         with ctx.timed(request.name, "train"):
             step = _train(ctx, request, step, seed)
     ctx.record(step, "train", new=new)
+    _plan(ctx, request, step)
     model = step.folder("model")
     return Checkpoint(
         path=str(model),
@@ -137,15 +146,19 @@ def _refuse_other_kinds(request: TrainRequest) -> None:
             )
 
 
-def _plan(ctx: Context, request: TrainRequest) -> None:
+def _plan(ctx: Context, request: TrainRequest, step: Committed) -> None:
     if ctx.planned is None:
         return
-    tokens = Extent.of(0)
+    tokens, generated = Extent.of(0), Extent.of(0)
     for rows in request.rows:
         num_tokens = sum(row.num_tokens for row in rows.rows)
         mean = num_tokens / max(1, len(rows))
         share = mean * request.settings.batch_size / len(request.rows)
         tokens = tokens.plus(request.planned_steps.times(share))
+    if request.on_policy is not None:  # what the rehearsal's few steps took
+        share = request.planned_steps.expected / step.result["num_steps"]
+        tokens = Extent.of(round(step.result["num_padded_tokens"] * share))
+        generated = Extent.of(round(step.result["num_completion_tokens"] * share))
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
     ctx.planned.append(
         PlannedStep(
@@ -154,34 +167,46 @@ def _plan(ctx: Context, request: TrainRequest) -> None:
             unit="optimizer steps",
             units=request.planned_steps,
             tokens=Extent(expected=tokens.expected, worst=tokens.worst, exact=False),
+            generated=Extent(expected=generated.expected, worst=generated.worst, exact=False),
             disk_bytes=Extent.of(size * (3 if request.keep_optimizer else 1)),
         )
     )
 
 
 def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Committed:
-    curve = _Curve(ctx, step, request.name)
+    out_dir = ctx.attempt_dir / "train" / request.name
+    log = TrainingLog(ctx, step, out_dir, on_policy=request.on_policy is not None)
 
     def job() -> TrainJob:
-        curve.forget()
-        return _job(ctx, request, step, seed)
+        resume = step.latest_checkpoint()
+        if resume and request.on_policy is not None and ctx.code_changed:
+            raise _code_changed(request.name)
+        log.rewind(resume[1] if resume else 0)
+        return _job(ctx, request, seed, out_dir, resume)
 
     ctx.progress.begin(request.name, request.num_steps, (step.latest_checkpoint() or (None, 0))[1])
-    outcome = ctx.host.train(job(), curve.receive, job)
-    curve.commit()
-    return _seal(ctx, request, step, _out_dir(ctx, request), outcome)
+    outcome = ctx.host.train(job(), log.receive, job)
+    if log.seconds:
+        ctx.note({"step": request.name, "parts": {key: round(value, 3) for key, value in sorted(log.seconds.items())}})
+    return _seal(ctx, request, step, log, out_dir, outcome)
 
 
-def _out_dir(ctx: Context, request: TrainRequest) -> Path:
-    return ctx.attempt_dir / "train" / request.name
+def _code_changed(name: str) -> RunConflict:
+    return RunConflict(
+        f"step {name}: the code of the method, the task or the loops changed while this step was under way; its"
+        " optimizer steps would be made half by one and half by the other",
+        hint="revert the code; or go on with --accept-code; or begin the step again with"
+        f" --redo {name}; or start a new run with --run NEW",
+    )
 
 
-def _job(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> TrainJob:
+def _job(ctx: Context, request: TrainRequest, seed: int, out_dir: Path, resume: tuple[Path, int] | None) -> TrainJob:
     """The job from the last committed checkpoint on, with an empty folder to write into."""
-    out_dir = _out_dir(ctx, request)
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
-    resume = step.latest_checkpoint()
+    num_steps = request.num_steps
+    if ctx.planned is not None and request.on_policy is not None:
+        num_steps = min(num_steps, _REHEARSED_STEPS)
     return TrainJob(
         kind=request.kind,
         rows=tuple(path for rows in request.rows for path in rows.paths),
@@ -189,47 +214,18 @@ def _job(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Trai
         reference=request.reference,
         carry_optimizer=request.carry_optimizer,
         settings=request.settings.model_dump(mode="json"),
-        num_steps=request.num_steps,
+        num_steps=num_steps,
         seed=seed,
         out_dir=str(out_dir),
         resume_from=str(resume[0]) if resume else None,
+        on_policy=None if request.on_policy is None else on_policy_job(ctx, request.on_policy, out_dir),
     )
 
 
-class _Curve:
-    """The log lines of a training step, committed with the checkpoint that covers them: a rerun of uncommitted steps
-    on a device that is not deterministic must not contradict them."""
-
-    def __init__(self, ctx: Context, step: OpenStep, name: str) -> None:
-        self._ctx, self._step, self._name = ctx, step, name
-        self._wal = step.wal("curve")
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
-
-    def receive(self, event: dict[str, Any]) -> None:
-        if event["event"] == "log":
-            line = {key: value for key, value in event.items() if key != "event"}
-            self._waiting.append((int(event["step"]), line))
-            self._ctx.progress.advance(self._name, 1, note=f"loss {event['loss']:.4f}")
-        elif event["event"] == "checkpoint":
-            self.commit()
-            self._step.adopt_checkpoint(Path(event["path"]), int(event["step"]))
-        elif event["event"] == "note":
-            self._ctx.progress.say(f"{self._name}: {event['text']}")
-        self._ctx.check_stop()
-
-    def forget(self) -> None:
-        """Drop the lines after the last checkpoint: the trainer starts again from there."""
-        self._waiting = []
-
-    def commit(self) -> None:
-        self._wal.append(self._waiting)
-        self._wal.flush()
-        self._waiting = []
-
-
-def _seal(ctx: Context, request: TrainRequest, step: OpenStep, out_dir: Path, outcome: TrainResult) -> Committed:
-    curve = step.wal("curve")
-    step.put_json("curve", [curve.read(int(number)) for number in curve.ordinals()])
+def _seal(
+    ctx: Context, request: TrainRequest, step: OpenStep, log: TrainingLog, out_dir: Path, outcome: TrainResult
+) -> Committed:
+    log.seal()
     weights = weights_digest(out_dir / "final")
     step.adopt_folder(out_dir / "final", "model")
     for extra in ("adapter", *(["optimizer"] if request.keep_optimizer else [])):
@@ -238,7 +234,7 @@ def _seal(ctx: Context, request: TrainRequest, step: OpenStep, out_dir: Path, ou
     result = {
         "weights": weights,
         "num_steps": outcome.num_steps,
-        "num_examples": sum(len(rows) for rows in request.rows),
+        **({"num_examples": sum(len(rows) for rows in request.rows)} if request.on_policy is None else log.sampled),
         "num_tokens": outcome.num_tokens,
         "num_padded_tokens": outcome.num_padded_tokens,
         **{key: float(value) for key, value in sorted(outcome.metrics.items())},

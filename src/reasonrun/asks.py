@@ -1,0 +1,138 @@
+"""One prompt to sample from, the request that is made of it, and the record that is made of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reasonrun.generation import Request
+from reasonrun.randomness import derive_seed
+from reasonrun.records import Message, Problem, Rollout, Sampling, Segment, digest
+from reasonrun.rendering import Renderer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One prompt to sample from: a problem in a style, the next turn of a rollout, the beginning of one, a question
+    about one.
+
+    ``given`` is the beginning of the answer, put in the model's mouth. ``prompt_ids`` are empty for a remote model.
+    ``in_words`` sends the messages along, too.
+    """
+
+    problem: Problem
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    given: tuple[Segment, ...] = ()
+    parent_id: str | None = None
+    in_words: bool = False
+
+    @property
+    def given_ids(self) -> tuple[int, ...]:
+        return tuple(i for segment in self.given for i in segment.token_ids)
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """What the engine goes on from."""
+        return self.prompt_ids + self.given_ids
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the completions depend on: the ids, or the words where there are none."""
+        ids: list[Any] = list(self.all_ids)
+        return ids or [[message.role, message.content] for message in self.messages]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """What the asks of one sampling have in common.
+
+    ``policy`` and ``tokenizer`` are digests, ``kind`` is that of the rollouts, ``seed_parts`` start every request seed.
+    """
+
+    policy: str
+    tokenizer: str
+    kind: str
+    n: int
+    sampling: Sampling
+    seed_parts: tuple[str | int, ...]
+    remote: bool = False
+
+    def request(self, ask: Ask, done: tuple[int, ...] = ()) -> Request:
+        """The request of one ask; its key holds everything that the completions depend on."""
+        all_ids, identity = ask.all_ids, ask.identity
+        seed = derive_seed(*self.seed_parts, ask.problem.id, ask.parent_id or "", digest(identity))
+        key = digest(
+            [
+                self.policy,
+                self.tokenizer,
+                ask.problem.id,
+                ask.parent_id,
+                identity,
+                self.sampling.model_dump(mode="json"),
+                list(self.seed_parts),
+            ]
+        )
+        return Request(
+            key=key,
+            problem_id=ask.problem.id,
+            prompt_ids=all_ids,
+            num_given=len(all_ids) - len(ask.prompt_ids),
+            n=self.n,
+            seed=seed,
+            sampling=self.sampling,
+            messages=ask.messages if ask.in_words else (),
+            done=done,
+        )
+
+    def rollout(
+        self, ask: Ask, request: Request, index: int, completion: dict[str, Any], renderer: Renderer | None
+    ) -> Rollout:
+        """The record of sample ``index`` of an ask from its logged completion."""
+        logps = completion["logps"]
+        sampled = Segment(token_ids=tuple(completion["ids"]), src="model", loss=True)
+        return Rollout(
+            id=f"{request.key}-{index}",
+            problem_id=ask.problem.id,
+            index=index,
+            parent_id=ask.parent_id,
+            kind=self.kind,
+            messages=ask.messages,
+            prompt_ids=ask.prompt_ids,
+            segments=() if self.remote else (*ask.given, sampled),
+            text=_whole_text(ask, completion, renderer) if renderer and ask.given else completion["text"],
+            finish_reason=completion["finish"],
+            logps=None if logps is None else tuple(logps),
+            policy=self.policy,
+            sampling=self.sampling,
+            seed=request.seed,
+        )
+
+
+def ask_in_style(problem: Problem, messages: tuple[Message, ...], opening: str, renderer: Renderer) -> Ask:
+    """``messages`` put to a model whose answer begins with ``opening``, if that is not empty."""
+    ids = renderer.encode(opening)
+    given = (Segment(token_ids=ids, src="prompt", loss=False),) if ids else ()
+    return Ask(problem=problem, messages=messages, prompt_ids=renderer.render(messages), given=given)
+
+
+def ask_next_turn(problem: Problem, rollout: Rollout, said: str, renderer: Renderer) -> Ask:
+    """The turn after ``rollout``, whose ids are kept as they are."""
+    message = Message(role="user", content=said)
+    return Ask(
+        problem=problem,
+        messages=(*rollout.messages, Message(role="assistant", content=rollout.text), message),
+        prompt_ids=renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, [message]),
+        parent_id=rollout.id,
+    )
+
+
+def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:
+    """Given and sampled tokens decoded together, without the stop string that the engine took off.
+
+    A tokenizer may decode the first token of a text otherwise than the same one further on.
+    """
+    ids = tuple(completion["ids"])
+    num_taken_off = len(renderer.decode(ids)) - len(completion["text"])
+    whole = renderer.decode(ask.given_ids + ids)
+    return whole[: len(whole) - num_taken_off]

@@ -1,0 +1,53 @@
+"""Reinforcement learning on the policy's own rollouts: REINFORCE with a leave-one-out baseline, GRPO and their kin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reasonrun.errors import RecipeError
+from reasonrun.trainers.worker_trainer import WorkerTrainer
+from reasonrun.training import OptimizerSettings, PolicyGradientSettings, TrainJob
+
+if TYPE_CHECKING:
+    from reasonrun.contracts import Engine
+    from reasonrun.trainers.objective import Objective
+
+
+class PolicyGradient(WorkerTrainer):
+    """The trainer of kind ``policy_gradient``. Its rows come from the job's own ``rollout`` and ``rewards`` functions; the
+    engine lives in the same process and gets the weights before every sampling."""
+
+    Settings = PolicyGradientSettings
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engine: Engine | None = None
+
+    @property
+    def num_tokens_made(self) -> int:
+        """Tokens sampled so far: what shows that the job is alive between two optimizer steps."""
+        return int(getattr(self._engine, "num_tokens_made", 0))
+
+    def prepare(self, job: TrainJob) -> tuple[OptimizerSettings, Objective, dict[str, int]]:
+        """As in WorkerTrainer. Raises RecipeError when the job does not say how rows are made, or names a reference with
+        another tokenizer."""
+        from reasonrun.on_policy import Collector, load_part
+        from reasonrun.trainers.policy_gradient_objective import PolicyGradientObjective
+
+        if job.on_policy is None:
+            raise RecipeError(
+                "the trainer policy_gradient makes its rows itself",
+                hint='pass an OnPolicy source to lab.train("policy_gradient", …)',
+            )
+        if job.reference is not None and job.reference.tokenizer != job.start.tokenizer:
+            raise RecipeError(
+                f"the reference {job.reference.path} has another tokenizer than the model to train ({job.start.path})",
+                hint="take a reference of the same model family",
+            )
+        settings = PolicyGradientSettings.model_validate(job.settings)
+        engine_class, engine_settings = load_part(job.on_policy.engine)
+        engine = self._engine = engine_class(engine_settings)
+        engine.load(job.start)
+        collector = Collector(job, job.on_policy, engine, settings)
+        return settings, PolicyGradientObjective(collector, engine, settings, Path(job.out_dir)), {}

@@ -1,0 +1,295 @@
+"""Rows that the policy makes itself while it trains: sampling, credit and loss of every optimizer step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from reasonrun.contracts import Engine
+from reasonrun.credit import advantages, cells, penalised, row_weights
+from reasonrun.on_policy import Collected, Collector
+from reasonrun.records import Experience, Graded, PolicyGradientExample, Problem
+from reasonrun.trainers.batches import Indexes, plan_batches, share_of_rank
+from reasonrun.trainers.examples import sequences_of
+from reasonrun.trainers.live_weights import live_weights
+from reasonrun.trainers.objective import Computed, Fixed, Objective
+from reasonrun.trainers.passes import in_passes
+from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
+from reasonrun.trainers.token_nll import pad, token_nll
+from reasonrun.training import PolicyGradientSettings, experience_path
+
+Floats = npt.NDArray[np.float64]
+_STATE = "on_policy.json"
+
+
+class PolicyGradientObjective(Objective):
+    """Samples with the weights of the moment, turns rewards into advantages, and gives the losses of the rows.
+
+    Log-probabilities of the sampling policy and of the reference are the trainer's own, from the forward pass that the
+    update uses; those of the engine serve to measure, and on request to correct, how far the two differ.
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ("ratio", "clipped_share")
+
+    def __init__(self, collector: Collector, engine: Engine, settings: PolicyGradientSettings, out_dir: Path) -> None:
+        self.settings = settings
+        self.lengths: Indexes = np.empty(0, dtype=np.int64)
+        self.steps_per_checkpoint = settings.num_iterations
+        self._collector, self._engine, self._out_dir = collector, engine, out_dir
+        self._problems: list[Indexes] = []
+        self._statistics: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._sampled_at = 0.0
+        self._reference: Any = None
+        self._model: Any = None
+        self._importance: Floats | None = None
+        self._warned = False
+
+    # -- a job ---------------------------------------------------------------------------------------------------
+
+    def plan(self, batch_size: int, num_steps: int, seed: int) -> Indexes:
+        """The problems of every sampling: each is used once before any is used again. No row is known before it."""
+        num_samplings = -(-num_steps // self.settings.num_iterations)
+        alike = np.zeros(len(self._collector.problems), dtype=np.int64)
+        self._problems = plan_batches(alike, self.settings.problems_per_sampling, num_samplings, seed)
+        return np.empty(0, dtype=np.int64)
+
+    def begin(self, fixed: Fixed) -> None:
+        self._model, self._tell = fixed.start, fixed.tell
+        self._load_reference = fixed.load_reference
+        self._base_is_reference = fixed.start_is_reference and hasattr(fixed.start, "disable_adapter")
+        if fixed.resume_from is not None:
+            self._collector.state = json.loads((fixed.resume_from / _STATE).read_text(encoding="utf-8"))
+
+    def save(self, folder: Path) -> None:
+        (folder / _STATE).write_text(json.dumps(self._collector.state), encoding="utf-8")
+
+    def close(self) -> None:
+        self._collector.close()
+        self._engine.close()
+
+    def name(self, row: int) -> str:
+        return self.rows.names[row]
+
+    def num_tokens(self, batch: Indexes) -> int:
+        return int(self.rows.num_learnt[batch].sum())
+
+    def step_statistics(self) -> dict[str, float]:
+        return self._statistics
+
+    def seconds(self) -> dict[str, float]:
+        spent = {**self._seconds, "update": time.monotonic() - self._sampled_at}
+        self._seconds, self._sampled_at = {}, time.monotonic()
+        return spent
+
+    def totals(self, history: Sequence[Mapping[str, float]], batch_size: int) -> dict[str, float]:
+        """``mean_reward`` is over all steps: what a checkpoint can be chosen by."""
+        num_samplings = -(-len(history) // self.settings.num_iterations)
+        return {
+            "num_rollouts": num_samplings * self.settings.batch_size,
+            "mean_reward": float(np.mean([line["reward"] for line in history])),
+        }
+
+    # -- an optimizer step ---------------------------------------------------------------------------------------
+
+    def batch(self, step: int) -> Indexes:
+        if step % self.settings.num_iterations == 0:
+            self._sample(step // self.settings.num_iterations, step + 1)
+        return np.arange(len(self.rows), dtype=np.int64)
+
+    def _sample(self, sampling: int, optimizer_step: int) -> None:
+        """Rows of one sampling with all that stays fixed until the next one. Raises Finding when none could be made."""
+        began = time.monotonic()
+        self._engine.update(live_weights(self._model))
+        problems = [self._collector.problems[i] for i in self._problems[sampling]]
+        graded = _gathered(lambda share: self._collector.collect(sampling + 1, share), problems)
+        collected = self._collector.reward(graded)
+        examples = collected.rows
+        self.rows = sequences_of([(example.rollout_id, example.segments) for example in examples])
+        self.lengths = self.rows.lengths
+        self._kl_coefs = np.array([example.kl_coef for example in examples])
+        scoring = time.monotonic()
+        self._old = self._scored(self._model)
+        self._reference_logps = self._scored_by_reference()
+        self._credit(collected, optimizer_step)
+        ended = time.monotonic()
+        self._seconds = {
+            "push": scoring - began - sum(collected.seconds.values()),
+            **collected.seconds,
+            "score": ended - scoring,
+        }
+        self._sampled_at = ended
+
+    def _credit(self, collected: Collected, optimizer_step: int) -> None:
+        examples, settings = collected.rows, self.settings
+        num_tokens = self.rows.num_learnt
+        log_ratios = self._sums(self._old - self._reference_logps)
+        if settings.kl_reduction == "mean":
+            self._kl_coefs = self._kl_coefs / np.maximum(num_tokens, 1)
+        rewards = np.array([example.reward for example in examples])
+        in_reward = self._kl_coefs if settings.kl == "k1_in_reward" else np.zeros_like(self._kl_coefs)
+        attempts = np.array([example.attempt for example in examples], dtype=np.int64)
+        self._advantages = advantages(
+            penalised(rewards, in_reward, log_ratios),
+            cells([example.group for example in examples], attempts.tolist()),
+            attempts,
+            baseline=settings.advantage,
+            scale=settings.advantage_scale,
+        )
+        self._weights = row_weights(num_tokens, settings.loss_reduction, settings.max_length)
+        self._statistics = {**collected.statistics(), **self._mismatch(examples)}
+        for attempt in np.unique(attempts).tolist():
+            here = attempts == attempt
+            self._statistics[f"kl_{attempt}"] = float(log_ratios[here].mean())
+            self._statistics[f"advantage_{attempt}"] = float(np.sqrt(np.mean(self._advantages[here] ** 2)))
+        if not _rank():
+            self._keep(collected, optimizer_step, log_ratios)
+
+    def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
+        rows = batch[micro]
+        ids_BT, learnt_BT = pad([(self.rows, rows)])
+        nll_BK, columns_K = token_nll(model, ids_BT, learnt_BT, device)
+
+        def tokens(flat: Floats) -> torch.Tensor:
+            return torch.from_numpy(self._spread(flat, rows, learnt_BT)[:, columns_K]).to(device)
+
+        def column(values: Floats) -> torch.Tensor:
+            return torch.from_numpy(values[rows].astype(np.float32)).to(device)
+
+        mask_BK = torch.from_numpy(learnt_BT[:, columns_K]).to(device)
+        losses_B, ratio_B, clipped_B = surrogate_losses(
+            -nll_BK,
+            tokens(self._old),
+            mask_BK,
+            column(self._advantages),
+            column(self._weights),
+            ratio=self.settings.ratio,
+            clip_ratio=self.settings.clip_ratio,
+            importance_BK=None if self._importance is None else tokens(self._importance),
+        )
+        if self.settings.kl == "k2_in_loss":
+            pull = (tokens(self._reference_logps), mask_BK, column(self._kl_coefs), column(self._weights))
+            losses_B = losses_B + k2_losses(-nll_BK, *pull)
+        return Computed(losses_B=losses_B, num_tokens=int(ids_BT.size), statistics=(ratio_B, clipped_B))
+
+    # -- log-probabilities, flat over the learnt tokens of all rows --------------------------------------------------
+
+    def _scored(self, model: Any) -> Floats:
+        """Under ``model``, by the same forward pass as the update's, so that a policy that has not moved has ratio 1."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        everything = np.arange(len(self.rows), dtype=np.int64)
+        own = share_of_rank(everything, self.lengths, _rank(), _world())
+        found = np.zeros(int(self.rows.num_learnt.sum()))
+        starts = np.concatenate([[0], np.cumsum(self.rows.num_learnt)])
+
+        def run(rows: Indexes) -> None:
+            ids_BT, learnt_BT = pad([(self.rows, rows)])
+            nll_BK, columns_K = token_nll(model, ids_BT, learnt_BT, device)
+            logps_BK = -nll_BK.double().cpu().numpy()
+            for i, row in enumerate(rows):
+                found[starts[row] : starts[row + 1]] = logps_BK[i, learnt_BT[i, columns_K]]
+
+        size = self.settings.micro_batch_size or max(1, len(own))
+        in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
+        model.train(was_training)
+        return _summed(found, device)
+
+    def _scored_by_reference(self) -> Floats:
+        if not self._kl_coefs.any():
+            return self._old  # nothing reads it
+        if self._base_is_reference:  # adapters that are switched off leave the base
+            with self._model.disable_adapter():
+                return self._scored(self._model)
+        if self._reference is None:
+            self._reference = self._load_reference().requires_grad_(False)
+        return self._scored(self._reference)
+
+    def _sums(self, flat: Floats) -> Floats:
+        """Sums over the learnt tokens of each row, shape (P,)."""
+        ends = np.cumsum(self.rows.num_learnt)
+        totals = np.concatenate([[0.0], np.cumsum(flat)])
+        sums: Floats = totals[ends] - totals[ends - self.rows.num_learnt]
+        return sums
+
+    def _spread(self, flat: Floats, rows: Indexes, learnt_BT: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        """Flat values at their places, shape (B, T), 0 elsewhere."""
+        starts = np.concatenate([[0], np.cumsum(self.rows.num_learnt)])
+        spread_BT = np.zeros(learnt_BT.shape, dtype=np.float32)
+        spread_BT[learnt_BT] = np.concatenate([flat[starts[row] : starts[row + 1]] for row in rows])
+        return spread_BT
+
+    def _mismatch(self, examples: Sequence[PolicyGradientExample]) -> dict[str, float]:
+        """How far trainer and engine disagree about the sampled tokens; an alarm when it is too far."""
+        sampled = np.concatenate([np.asarray(example.sampled_logps, dtype=np.float64) for example in examples])
+        gaps = self._old - sampled
+        if self.settings.importance_cap is not None:
+            whole = self.settings.ratio == "sequence"
+            logs = np.repeat(self._sums(gaps), self.rows.num_learnt) if whole else gaps
+            self._importance = np.minimum(np.exp(logs), self.settings.importance_cap)
+        mean = float(np.abs(gaps).mean())
+        if mean > self.settings.max_mismatch and not self._warned:
+            self._warned = True
+            self._tell(
+                f"engine and trainer disagree about sampled tokens by {mean:.3f} nats on average (max_mismatch is"
+                f" {self.settings.max_mismatch:g}): the rollouts are not quite the policy's own; the same dtype in both, or"
+                " importance_cap, helps"
+            )
+        return {"mismatch": mean, "largest_mismatch": float(np.abs(gaps).max())}
+
+    def _keep(self, collected: Collected, optimizer_step: int, log_ratios: Floats) -> None:
+        """Leave the rollouts, and what was made of them, for the supervisor to commit."""
+        place = {example.rollout_id: row for row, example in enumerate(collected.rows)}
+        with experience_path(self._out_dir, optimizer_step).open("w", encoding="utf-8") as file:
+            for graded in collected.graded:
+                row = place.get(graded.rollout.id)
+                made = {} if row is None else self._made_of(collected.rows[row], row, log_ratios)
+                kept = Experience(optimizer_step=optimizer_step, rollout=graded.rollout, score=graded.score, **made)
+                file.write(kept.model_dump_json() + "\n")
+
+    def _made_of(self, example: PolicyGradientExample, row: int, log_ratios: Floats) -> dict[str, Any]:
+        return {
+            "reward": example.reward,
+            "kl_coef": example.kl_coef,
+            "kl": float(log_ratios[row]),
+            "advantage": float(self._advantages[row]),
+        }
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gathered(collect: Callable[[Sequence[Problem]], list[Graded]], problems: Sequence[Problem]) -> list[Graded]:
+    """Rollouts of all problems, each process making its part; in the order of the problems, whatever their number."""
+    share = problems[_rank() :: _world()]
+    graded = collect(share) if share else []
+    if _world() > 1:
+        parts: list[list[Graded]] = [[] for _ in range(_world())]
+        dist.all_gather_object(parts, graded)
+        graded = [row for part in parts for row in part]
+    places = {problem.id: place for place, problem in enumerate(problems)}
+    return sorted(graded, key=lambda row: places[row.rollout.problem_id])
+
+
+def _summed(values: Floats, device: torch.device) -> Floats:
+    """What the processes found, each its own rows and 0 elsewhere."""
+    if _world() == 1:
+        return values
+    both = torch.from_numpy(values).to(device)
+    dist.all_reduce(both)
+    total: Floats = both.cpu().numpy()
+    return total
