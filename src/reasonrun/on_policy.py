@@ -8,11 +8,12 @@ problem. They run where the weights are, in the training worker, and on the scri
 from __future__ import annotations
 
 import importlib
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, JsonValue
@@ -22,10 +23,12 @@ from reasonrun.contracts import Engine, Grader, Task
 from reasonrun.credit import cells, zero_variance_share
 from reasonrun.errors import Finding, RecipeError
 from reasonrun.generation import Completion
-from reasonrun.records import Graded, Message, PolicyGradientExample, Problem, Rollout, Sampling, digest
+from reasonrun.randomness import derive_seed
+from reasonrun.records import Graded, Message, PolicyGradientExample, Problem, Record, Rollout, Sampling, digest
 from reasonrun.rendering import Renderer
 from reasonrun.training import OnPolicyJob, Part, PolicyGradientSettings, TrainJob
 
+R = TypeVar("R", bound=Record)
 State = dict[str, JsonValue]
 """What a method remembers of each problem, by problem id; committed with every checkpoint."""
 
@@ -54,6 +57,7 @@ class Live:
         problems: all that take part, by id.
         group_size: rollouts of each problem.
         max_length: longest row that may be learnt, in tokens; the model's context may allow less.
+        given: rollouts that were sampled before the job, by problem.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class Live:
         problems: Mapping[str, Problem],
         group_size: int,
         max_length: int,
+        given: Mapping[str, Sequence[Rollout]] | None = None,
     ) -> None:
+        self._given = given or {}
         self.task, self.group_size = task, group_size
         self._max_length = min(max_length, renderer.context_length)
         self._engine, self._renderer, self._problems = engine, renderer, problems
@@ -124,6 +130,14 @@ class Live:
         ]
         self.seconds["grade"] += time.monotonic() - began
         return graded
+
+    def given(self, problem: Problem) -> list[Rollout]:
+        """The rollouts of a problem that were sampled before the job, without log-probabilities."""
+        return [rollout.model_copy(update={"logps": None}) for rollout in self._given.get(problem.id, ())]
+
+    def rng(self, name: str) -> random.Random:
+        """A generator of its own for ``name`` at this optimizer step: the only randomness a rollout function may use."""
+        return random.Random(derive_seed(*self._seed_parts, name))
 
     def close(self) -> None:
         """Give grading processes back."""
@@ -216,7 +230,10 @@ class Collector:
         task_class, task_settings = load_part(spec.task)
         self.rollout, self.rollout_settings = load_part(spec.rollout)
         self.rewards, self.rewards_settings = load_part(spec.rewards)
-        self.problems = read_problems(Path(spec.problems))
+        self.problems = read_records(Path(spec.problems), Problem)
+        given: dict[str, list[Rollout]] = {}
+        for rollout in read_records(Path(spec.given), Rollout) if spec.given else []:
+            given.setdefault(rollout.problem_id, []).append(rollout)
         self.state: State = {}
         self._job = job
         self._live = Live(
@@ -226,6 +243,7 @@ class Collector:
             problems={problem.id: problem for problem in self.problems},
             group_size=settings.group_size,
             max_length=settings.max_length,
+            given=given,
         )
 
     def collect(self, number: int, problems: Sequence[Problem]) -> list[Graded]:
@@ -294,15 +312,16 @@ def load_part(spec: Part) -> tuple[Any, Any]:
     return _find(spec.path), _find(spec.settings_path).model_validate(spec.settings)
 
 
-def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
     """One JSON line each."""
-    path.write_text("".join(problem.model_dump_json() + "\n" for problem in problems), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(record.model_dump_json() + "\n" for record in records)
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """What ``write_problems`` wrote, in order."""
+def read_records(path: Path, record_type: type[R]) -> list[R]:
+    """What ``write_records`` wrote, in order."""
     with path.open(encoding="utf-8") as lines:
-        return [Problem.model_validate_json(line) for line in lines]
+        return [record_type.model_validate_json(line) for line in lines]
 
 
 def _find(path: str) -> Any:

@@ -144,15 +144,7 @@ class GradedSet:
 
     def unsolved(self) -> ProblemSet:
         """The problems of which no rollout is right. Problems with nothing but ungraded rows are not among them."""
-        values, spans = self.values, self._spans()
-        failed = []
-        for problem in self.problems:
-            start, stop = spans.get(problem.id, (0, 0))
-            verdicts = values[start:stop]
-            verdicts = verdicts[~np.isnan(verdicts)]
-            if len(verdicts) and not (verdicts >= 1.0).any():
-                failed.append(problem)
-        return self._subset(failed)
+        return self.with_rate(0.0, 0.0)
 
     def wrong(self) -> RolloutSet:
         """The rollouts that are wrong; those that were not graded are not among them."""
@@ -160,6 +152,18 @@ class GradedSet:
         share = float(kept.mean()) if len(self) else 0.0
         rows = self.rollouts.rows.take(kept)
         return RolloutSet(rows=rows, problems=self.problems, step=self.step, extent=self.extent.share(share))
+
+    def with_rate(self, low: float, high: float) -> ProblemSet:
+        """The problems of which a share from ``low`` to ``high`` of the graded rollouts is right."""
+        values, spans = self.values, self._spans()
+        chosen = []
+        for problem in self.problems:
+            start, stop = spans.get(problem.id, (0, 0))
+            verdicts = values[start:stop]
+            verdicts = verdicts[~np.isnan(verdicts)]
+            if len(verdicts) and low <= float(np.mean(verdicts >= 1.0)) <= high:
+                chosen.append(problem)
+        return self._subset(chosen)
 
     def no_problems(self) -> ProblemSet:
         """The empty subset, for a method that skips a phase."""
@@ -209,6 +213,12 @@ class OnPolicy:
     rollout_settings: Settings
     rewards: RewardFunction
     rewards_settings: Settings
+    given: RolloutSet | None = None  # sampled before; ``rollout`` may go on from them
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps that it reads."""
+        return [self.problems.step, *([self.given.step] if self.given is not None else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,7 @@ class OnPolicyJob(Record):
     """What a policy-gradient trainer needs to make its own rows while it trains."""
 
     problems: str  # JSON-lines file of Problem
+    given: str = ""  # JSON-lines file of Rollout that functions may go on from
     task: Part
     engine: Part
     rollout: Part

@@ -29,7 +29,8 @@ class Group:
     ``solution()`` are the task's, for tasks that have them. ``written_steps(text, how)`` are the ids of the steps of a
     text that somebody else wrote, without their labels, the last one closed by the end-of-sequence token.
     ``texts(text, how)`` are those steps as text. ``encode`` and ``decode`` are the policy's tokenizer, special tokens left
-    out. ``context_length`` is the model's, in tokens. A test that makes a group by hand may leave out what its function does
+    out. ``next_turn(rollout, said)`` are the ids of the prompt that follows a rollout and the user's next message.
+    ``context_length`` is the model's, in tokens. A test that makes a group by hand may leave out what its function does
     not ask for.
     """
 
@@ -41,6 +42,7 @@ class Group:
     texts: Callable[[str, str], list[str] | str] = _absent
     encode: Callable[[str], tuple[int, ...]] = _absent
     decode: Callable[[Sequence[int]], str] = _absent
+    next_turn: Callable[[Rollout, str], tuple[int, ...]] = _absent
     first_error: Callable[[str], int | str] = _absent
     solution: Callable[[], str] = _absent
     context_length: int = 1 << 30

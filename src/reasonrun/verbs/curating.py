@@ -221,6 +221,9 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         texts=texts,
         encode=renderer.encode,
         decode=renderer.decode,
+        next_turn=lambda rollout, said: renderer.next_turn(
+            rollout.prompt_ids, rollout.completion_ids, [Message(role="user", content=said)]
+        ),
         first_error=lambda text: task.first_error(problem, text),
         solution=lambda: task.solution(problem),
         context_length=renderer.context_length,

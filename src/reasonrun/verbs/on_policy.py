@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.errors import RecipeError
-from reasonrun.on_policy import part, plugin_part, write_problems
+from reasonrun.on_policy import part, plugin_part, write_records
 from reasonrun.records import digest
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Settings, semantic
@@ -28,16 +28,20 @@ def described(ctx: Context, source: OnPolicy) -> dict[str, Any]:
         "task": semantic(ctx.task.config),
         "prompts": ctx.task.prompt_version,
         "tokenizer": ctx.renderer.digest,
+        **({} if source.given is None else {"given": source.given.digest}),
         "grader": [ctx.grader.id, semantic(ctx.grader.settings)],
     }
 
 
 def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:
-    """What the worker needs; the problems go into a file."""
-    path = out_dir / "problems.jsonl"
-    write_problems(path, source.problems.problems)
+    """What the worker needs; problems and given rollouts go into files."""
+    problems, given = out_dir / "problems.jsonl", out_dir / "given.jsonl"
+    write_records(problems, source.problems)
+    if source.given is not None:
+        write_records(given, source.given)
     return OnPolicyJob(
-        problems=str(path),
+        problems=str(problems),
+        given="" if source.given is None else str(given),
         task=plugin_part(type(ctx.task), ctx.task.config),
         engine=plugin_part(ctx.recipe.classes["engine"], ctx.recipe.engine),
         rollout=part(source.rollout, source.rollout_settings),

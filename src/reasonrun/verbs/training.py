@@ -76,7 +76,7 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
     seed = derive_seed("train", ctx.seed, request.name)
     source = request.on_policy
     made_of = {"rows": [rows.digest for rows in request.rows]} if source is None else described(ctx, source)
-    inputs = [rows.step for rows in request.rows] if source is None else [source.problems.step]
+    inputs = [rows.step for rows in request.rows] if source is None else source.steps
     fingerprint = {
         # On-policy rows depend on the method's functions too, which conditions of borrowing know by the verb.
         "verb": "train" if source is None else "train_on_policy",
