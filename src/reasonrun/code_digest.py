@@ -19,7 +19,9 @@ def code_digests(method: type[Method], task: type[Task]) -> dict[str, str]:
     """SHA-256 of the source of the method's and the task's module and of the pure modules that curation calls, by name."""
     package = Path(reasonrun.__file__).parent
     files = {"method": Path(inspect.getfile(method)), "task": Path(inspect.getfile(task))}
-    files.update({path: package / path for path in ("metrics.py", "rendering.py", "verbs/curating.py")})
+    files.update(
+        {path: package / path for path in ("metrics.py", "correction.py", "rendering.py", "verbs/curating.py")}
+    )
     files.update({f"curate/{path.name}": path for path in sorted((package / "curate").glob("*.py"))})
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
 
