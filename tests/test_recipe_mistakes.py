@@ -131,6 +131,17 @@ CASES = {
 }  # fmt: skip
 
 
+def test_several_turns_need_a_task_that_can_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = VALID + "evaluate: {turns: 2}\n"
+    assert load(write(asked)).evaluate.turns == 2
+    assert "less than or equal to 8" in only(VALID + "evaluate: {turns: 9}\n").message
+    monkeypatch.setattr("reasonrun.tasks.arith.Arith.capabilities", frozenset({"solution"}))
+    found = only(asked)
+    assert (found.line, found.column, found.path) == (8, 19, "evaluate.turns")
+    assert "need correction, which the task arith does not offer" in found.message
+    assert load(write(VALID + "evaluate: {turns: 1}\n")).evaluate.turns == 1
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_mistake_is_found_at_its_place(name: str) -> None:
     case = CASES[name]

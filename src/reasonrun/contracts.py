@@ -109,7 +109,7 @@ class Task(ABC):
     """A source of problems and the way to put and check them.
 
     ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities, each the method of
-    that name (segment, first_error, solution). ``prompt_version`` is bumped whenever a rendered prompt changes.
+    that name (segment, first_error, solution, correction). ``prompt_version`` is bumped whenever a rendered prompt changes.
     """
 
     Settings: ClassVar[type[Settings]]
@@ -161,6 +161,11 @@ class Task(ABC):
     def solution(self, problem: Problem) -> str:
         """Capability ``solution``: a right solution, with steps."""
         raise NotImplementedError(f"task {self.name} has no solutions")
+
+    def correction(self) -> str:
+        """Capability ``correction``: the user's turn that asks for the solution once more, with any error corrected; it
+        never tells whether the answer was right."""
+        raise NotImplementedError(f"task {self.name} has no turn that asks again")
 
 
 class Engine(Protocol):

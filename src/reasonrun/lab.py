@@ -268,13 +268,14 @@ class Lab:
         settings, full = self._context.recipe.evaluate, self._claim(name)
         problems = self._evaluation_problems(split)
 
-        def part(kind: str, n: int, sampling: Sampling) -> GradedSet:
+        def part(kind: str, n: int, sampling: Sampling, before: RolloutSet | None = None) -> GradedSet:
             rollouts = self.sample(
                 policy,
-                problems,
+                problems if before is None else before,
                 n=n,
                 sampling=sampling,
                 style=settings.style,
+                turn=None if before is None else self.task.correction(),
                 name=f"{name}/{kind}",
                 seed_parts=("evaluate", settings.seed, kind),
             )

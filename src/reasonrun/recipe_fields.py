@@ -74,6 +74,13 @@ class EvaluateSettings(Settings):
     max_new_tokens: int | None = setting(
         None, Effect.SEMANTIC, "Longest completion in tokens; null takes the method's.", ge=1
     )
+    turns: int = setting(
+        1,
+        Effect.SEMANTIC,
+        "Attempts in a row; from the second on, the task's correction turn asks for the solution again.",
+        ge=1,
+        le=8,
+    )
     num_problems: int = setting(0, Effect.SEMANTIC, "Problems of a split at most, the first ones; 0 is all.", ge=0)
 
     @model_validator(mode="after")

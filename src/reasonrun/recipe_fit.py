@@ -56,7 +56,12 @@ def check_pair(composition: Composition, classes: Mapping[str, Any], data: Mappi
         message = f"{names['method']} needs {', '.join(lacking)}, which the task {names['task']} does not offer"
         composition.report(("method", "name"), message, allowed=tuple(sorted(offered)))
     evaluate = data.get("evaluate")
-    style = evaluate.get("style") if isinstance(evaluate, Mapping) else None
+    evaluate = evaluate if isinstance(evaluate, Mapping) else {}
+    turns = evaluate.get("turns")
+    if isinstance(turns, int) and turns > 1 and "correction" not in task.capabilities:
+        message = f"several turns need correction, which the task {names['task']} does not offer; it can be asked once"
+        composition.report(("evaluate", "turns"), message, allowed=("1",))
+    style = evaluate.get("style")
     if isinstance(style, str) and style not in task.styles:
         allowed = tuple(sorted(task.styles))
         message = f"the task {names['task']} has no style {style!r}"

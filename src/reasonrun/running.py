@@ -173,7 +173,7 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
         dev = _of_policies(lab)
-        best = max(dev, key=lambda evaluation: evaluation.headline)  # the earliest of equals
+        best = max(dev, key=lambda evaluation: evaluation.rank)  # the earliest of equals
         chosen = {"base": lab.base, "last": last, "best": best.policy}
         tests: dict[str, Evaluation] = {}
         for name, policy in chosen.items():
@@ -209,7 +209,7 @@ def _best_so_far(lab: Lab) -> str:
     evaluations = _of_policies(lab)
     if not evaluations:
         return ""
-    best = max(evaluations, key=lambda evaluation: evaluation.headline)
+    best = max(evaluations, key=lambda evaluation: evaluation.rank)
     where = best.policy.path if best.policy.step else "the base model"
     return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
 

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from reasonrun.correction import overall
 from reasonrun.errors import Finding, ReasonrunError, RecipeError, Stopped
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.ledger.files import Files, encode_json
@@ -255,12 +256,15 @@ def summarise(one: SweepRun, out: Path, ending: Ending, position: int) -> dict[s
 
 def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
     """A method that trains nothing ends with one measurement, of its last and only policy."""
-    parts = {part: result[part] for part in ("greedy", "sampled") if part in result}
+    parts = {part: result[part] for part in ("greedy", "sampled", "correction") if part in result}
     return {"last": parts} if parts else {}
 
 
 def _headline(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": row["step"], **{part: row[part]["accuracy"] for part in ("greedy", "sampled") if part in row}}
+    parts = {part: row[part]["accuracy"] for part in ("greedy", "sampled") if part in row}
+    changes = {part: overall(section) for part, section in row.get("correction", {}).items()}
+    last = {f"{part}_last_attempt": change["accuracy_last"] for part, change in changes.items()}
+    return {"step": row["step"], **parts, **last}
 
 
 def _train_metrics(row: Mapping[str, Any]) -> dict[str, float]:

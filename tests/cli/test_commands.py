@@ -95,6 +95,28 @@ def test_eval_measures_and_keeps_every_item(tmp_path):
     assert list((tmp_path / "out" / "steps" / "evaluate" / "sampled").glob("rows-*.parquet"))
 
 
+def test_eval_asks_several_times_and_says_what_that_changed(tmp_path):
+    command = ["eval", "arith", "task.num_test=20", "--engine", "scripted", "--turns", "2", "--run", "out"]
+    done = reasonrun_cli(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    change = json.loads(reasonrun_cli(tmp_path, *command, "--json").stdout)["result"]["correction"]["greedy"][
+        "changes"
+    ][0]
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert sum(line.endswith("(first attempt)") for line in lines) == 1
+    assert any(line.startswith(f"attempt 2: {change['accuracy_last']:.1%} [") for line in lines)
+    assert any(line.startswith(f"1 -> 2: delta {100 * change['delta']:+.1f} points [") for line in lines)
+    flips = f"wrong to right {change['incorrect_to_correct']:.1%}, right to wrong {change['correct_to_incorrect']:.1%} of all"
+    given = [change[f"{key}_given_{key.split('_')[0]}"] for key in ("incorrect_to_correct", "correct_to_incorrect")]
+    assert f"{flips}; {given[0]:.1%} of wrong, {given[1]:.1%} of right" in lines
+    assert any(f"edit ratio {change['edit_ratio']:.2f}" in line for line in lines)
+
+
+def test_eval_refuses_a_number_of_turns_that_is_none(tmp_path):
+    done = reasonrun_cli(tmp_path, "eval", "arith", "--engine", "scripted", "--turns", "0")
+    assert done.returncode == 2 and "evaluate.turns" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_second_process_in_the_directory_is_refused_and_a_term_stops_with_75(tmp_path):
     slow = ["train", "smoke_star", *SMALL, "engine.seconds_per_unit=30", "--run", "mine"]
     first = subprocess.Popen(

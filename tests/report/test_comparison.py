@@ -208,6 +208,35 @@ def test_runs_that_were_not_evaluated_alike_are_refused(make_run: MakeRun, overr
         compare_runs(open_run(make_run()), open_run(make_run(override)))
 
 
+def test_second_attempts_are_compared_item_by_item_although_their_prompts_hold_other_answers(make_run: MakeRun) -> None:
+    paths = make_run("evaluate.turns=2"), make_run("evaluate.turns=2", STRONGER)
+    a, b = (open_run(path) for path in paths)
+    compared = compare_runs(a, b)
+    parts = [part.part for part in compared.parts if part.name == "test last"]
+    assert parts == ["greedy", "greedy turn 2", "sampled", "sampled turn 2"]
+    for part, step, num_samples in (("greedy turn 2", "greedy-turn-2", 1), ("sampled turn 2", "sampled-turn-2", 4)):
+        found = next(p for p in compared.parts if (p.name, p.part) == ("test last", part))
+        old, new = (right_by_problem(path, "final-trainings=2/test-last", step) for path in paths)
+        assert (found.num_items, found.num_samples) == (20, num_samples)
+        assert found.baseline == pytest.approx(sum(sum(v) / num_samples for v in old.values()) / 20)
+        assert found.num_improved == sum(sum(new[i]) > sum(old[i]) for i in old)
+    assert any(line.startswith("test last greedy turn 2") for line in describe_comparison(a, b, compared))
+    assert compare_runs(open_run(make_run()), a).only_other[0] == "test base greedy turn 2"
+
+
+def test_another_question_or_another_turn_is_another_prompt(make_run: MakeRun) -> None:
+    run = open_run(make_run("evaluate.turns=2"))
+    step = evaluation_steps(run)["test last"]
+    first, second = (read_part(run, "test last", step, part) for part in ("greedy", "greedy turn 2"))
+    assert first.settings | {"seed": 17} == second.settings | {"seed": 17}
+    assert all(first.items[i].prompt != item.prompt for i, item in second.items.items())  # it asks once more
+    assert len({item.prompt for item in second.items.values()}) == len(second.items)  # and holds the question
+    few = open_run(make_run("evaluate.turns=2", "evaluate.style=few_shot"))
+    shown = read_part(few, "test last", evaluation_steps(few)["test last"], "greedy turn 2")
+    assert shown.settings["style"] == "few_shot"
+    assert all(shown.items[i].prompt != item.prompt for i, item in second.items.items())
+
+
 def test_a_changed_reference_is_found_in_the_tables(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(make_run(), path)

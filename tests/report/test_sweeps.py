@@ -142,6 +142,45 @@ def test_nothing_done_is_said():
     assert format_text(table)[-1] == "no run is done" and table.common_metrics == ()
 
 
+def attempted(accuracies, changed=0.4):
+    """The section of a part, as a run's summary holds it: what was wrong first and then right is the whole delta."""
+    delta = accuracies[-1] - accuracies[0]
+    change = {"to": len(accuracies), "delta": delta, "changed_share": changed}
+    change |= {"incorrect_to_correct": delta + 0.05, "correct_to_incorrect": 0.05}
+    return {"attempts": [{"accuracy": value} for value in accuracies], "changes": [{"delta": 9.0}, change]}
+
+
+def test_second_attempts_are_averaged_over_seeds_and_compared_with_the_first_arm():
+    """Arm b asks again and gains 0.1 and 0.2, mean 0.15, half width 12.706205 * 0.05 = 0.63531; a gains 0 twice. At the
+    second attempt b minus a is 0.2 and 0.4."""
+    runs = [
+        summary(arm, seed, 0.5, position=n) for n, (arm, seed) in enumerate((("a", 0), ("b", 0), ("a", 1), ("b", 1)))
+    ]
+    for run, accuracies in zip(runs, ([0.5, 0.5], [0.6, 0.7], [0.5, 0.5], [0.7, 0.9]), strict=True):
+        run["test"]["last"]["correction"] = {"greedy": attempted(accuracies)}
+    table = sweep_table(runs)
+    gain = table.arms[1].correction["greedy t1→t2 delta"]
+    assert (gain.mean, gain.low) == pytest.approx((0.15, 0.15 - 0.63531), abs=1e-5)
+    assert table.arms[1].correction["greedy acc@t2"].mean == pytest.approx(0.8)
+    found = {line.part: line.difference.mean for line in table.comparisons}
+    assert found == pytest.approx({"greedy": 0.0, "greedy acc@t2": 0.3, "greedy t1→t2 delta": 0.15})
+    lines = format_text(table)
+    names = ["acc@t1", "acc@t2", "t1→t2 delta", "t1→t2 i→c", "t1→t2 c→i", "t1→t2 changed"]
+    assert [lines[0].index(f"greedy {name}") for name in names] == sorted(lines[0].index(f"greedy {n}") for n in names)
+    assert "+15.0 [-48.5, +78.5]" in lines[2] and lines[1].split()[-4:] == ["+0.0", "5.0", "5.0", "40.0"]
+    assert "b against a, greedy t1→t2 delta: +15.0 [-48.5, +78.5] (2 seeds): not distinguishable" in lines
+
+
+def test_arms_that_ask_more_often_are_not_compared_by_another_gain():
+    runs = [summary("a", 0, 0.5), summary("b", 0, 0.5, position=1), summary("c", 0, 0.5, position=2)]
+    runs[0]["test"]["last"]["correction"] = {"greedy": attempted([0.5, 0.6])}
+    runs[1]["test"]["last"]["correction"] = {"greedy": attempted([0.5, 0.7, 0.9])}
+    table = sweep_table(runs)
+    found = [(line.arm, line.part, round(line.difference.mean, 6)) for line in table.comparisons]
+    assert found == [("b", "greedy", 0.0), ("b", "greedy acc@t2", 0.1), ("c", "greedy", 0.0)]
+    assert format_text(table)[3].split()[-1] == "-"  # c was asked once
+
+
 def test_margins_on_held_out_pairs_are_compared_in_their_own_unit():
     """Margins of b minus a: 0.1 and 0.3, mean 0.2, deviation 0.1414214; half width 12.706205 * 0.1 = 1.2706205."""
     runs = [

@@ -199,6 +199,7 @@ def test_prompts_are_the_golden_ones(folder: Path) -> None:
         style: [[message.role, message.content] for message in task.messages(asked, style)]
         for style in sorted(task.styles)
     }
+    rendered["correction"] = [["user", task.correction()]]
     assert rendered == json.loads(path.read_text("utf-8"))
 
 

@@ -93,6 +93,25 @@ def test_scopes_that_are_no_rounds_keep_their_name() -> None:
     assert points[8].metrics["measure/num_rollouts"] == 2
 
 
+def test_further_attempts_have_names_below_their_part() -> None:
+    row = evaluate_row("round-001/evaluate", "dev", 0.5)
+    attempts = [
+        {"accuracy": 0.5, "interval": [0.3, 0.7]},
+        {"accuracy": 0.7, "interval": [0.5, 0.9], "mean_num_tokens": None},
+    ]
+    change = {"from": 1, "to": 2, "delta": 0.2, "delta_interval": [0.1, 0.3], "mcnemar_p": None}
+    row["correction"] = {"greedy": {"attempts": attempts, "changes": [change]}}
+    (point,) = Projection(run_dir=Path("nowhere")).points(row)
+    plain = Projection(run_dir=Path("nowhere")).points(evaluate_row("round-001/evaluate", "dev", 0.5))[0].metrics
+    assert {key: value for key, value in point.metrics.items() if key not in plain} == {
+        "dev/greedy/attempt-2": 0.7,
+        "dev/greedy/attempt-2/low": 0.5,
+        "dev/greedy/attempt-2/high": 0.9,
+        "dev/greedy/correction/delta": 0.2,
+    }
+    assert point.metrics["dev/greedy"] == 0.5 and "correction" in row  # the record itself is not touched
+
+
 def test_seconds_add_up_over_attempts_and_within_a_round(tmp_path: Path) -> None:
     for attempt, lines in {
         "1": ['{"step": "round-001/sample", "verb": "sample", "seconds": 2}'],

@@ -24,6 +24,7 @@ class EvalRequest:
     overrides: tuple[str, ...]
     model: str
     k: int
+    turns: int
     split: str
     num_problems: int
     style: str
@@ -40,6 +41,8 @@ class EvalRequest:
             f"evaluate.num_samples={self.k}",
             f"evaluate.num_problems={self.num_problems}",
             f"evaluate.style={self.style}",
+            # one turn is no override: the directory's name holds all of them, and older runs must go on
+            *([f"evaluate.turns={self.turns}"] if self.turns != 1 else []),
             *self.overrides,
         ]
 
@@ -84,7 +87,9 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
             continue
         table = result[part]
         low, high = table["interval"]
-        lines.append(f"{part:8s} accuracy {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]")
+        section = result.get("correction", {}).get(part)
+        which = " (first attempt)" if section else ""
+        lines.append(f"{part:8s} accuracy {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{which}")
         lines.append(
             f"{'':8s} truncated {table['truncated_share']:.1%}, unparseable {table['unparseable_share']:.1%},"
             f" ungraded {table['ungraded_share']:.1%}"
@@ -92,4 +97,36 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
         many = {name: value for name, value in table.items() if name.startswith(("pass@", "maj@"))}
         if table["num_samples"] > table["num_problems"]:
             lines.append(f"{'':8s} " + ", ".join(f"{name} {value:.1%}" for name, value in many.items()))
+        lines += [f"{'':8s} {line}" for line in _correction_lines(section)] if section else []
     return lines
+
+
+def _correction_lines(section: dict[str, Any]) -> list[str]:
+    """The further attempts, then what became of the rows from one attempt to another."""
+    lines = []
+    for number, attempt in enumerate(section["attempts"][1:], start=2):
+        low, high = attempt["interval"]
+        tokens = "" if attempt["mean_num_tokens"] is None else f", {attempt['mean_num_tokens']:.1f} tokens"
+        lines.append(
+            f"attempt {number}: {attempt['accuracy']:.1%} [{low:.1%}, {high:.1%}], truncated"
+            f" {attempt['truncated_share']:.1%}, unparseable {attempt['unparseable_share']:.1%}{tokens}"
+        )
+    for change in section["changes"]:
+        low, high = change["delta_interval"]
+        p = "" if change["mcnemar_p"] is None else f", McNemar p {change['mcnemar_p']:.3g}"
+        lines += [
+            f"{change['from']} -> {change['to']}: delta {100 * change['delta']:+.1f} points"
+            f" [{100 * low:+.1f}, {100 * high:+.1f}] (SE {100 * change['delta_se']:.1f}){p}",
+            f"        wrong to right {change['incorrect_to_correct']:.1%}, right to wrong"
+            f" {change['correct_to_incorrect']:.1%} of all;"
+            f" {_percent(change['incorrect_to_correct_given_incorrect'])} of wrong,"
+            f" {_percent(change['correct_to_incorrect_given_correct'])} of right",
+            f"        answer changed {change['changed_share']:.1%}"
+            f" ({_percent(change['changed_share_given_incorrect'])} of wrong), same text"
+            f" {change['identical_text_share']:.1%}, edit ratio {change['edit_ratio']:.2f}",
+        ]
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -152,6 +152,9 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[str, typer.Option("--model", help="tiny, smollm2, a folder, or hub:owner/name.")] = "tiny",
     k: Annotated[int, typer.Option("--k", help="Samples per problem for pass@k and maj@k; 0 is greedy only.")] = 0,
+    turns: Annotated[
+        int, typer.Option("--turns", help="Attempts in a row; the later ones are asked to correct the one before.")
+    ] = 1,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
     num_problems: Annotated[int, typer.Option("--num-problems", help="Only the first so many; 0 is all.")] = 0,
     style: Annotated[str, typer.Option("--style", help="The task's prompt style.")] = "plain",
@@ -167,6 +170,7 @@ def evaluate(
         overrides=tuple(overrides or []),
         model=model,
         k=k,
+        turns=turns,
         split=split,
         num_problems=num_problems,
         style=style,

@@ -46,7 +46,7 @@ class PartComparison:
 
     Attributes:
         name: the evaluation.
-        part: ``greedy`` or ``sampled``.
+        part: ``greedy`` or ``sampled``, or a further attempt: ``greedy turn 2``.
         split: of the problems.
         num_items: problems in both.
         num_samples: completions per problem.

@@ -16,7 +16,7 @@ class Item:
     """One problem of an evaluation: how it was asked, what counts as right, how often it was right."""
 
     reference: str
-    prompt: str  # digest of the messages
+    prompt: str  # digest of the messages, without what the model said itself
     num_correct: int = 0
     num_samples: int = 0
 
@@ -27,11 +27,11 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPart:
-    """The greedy or the sampled half of one evaluation.
+    """The greedy or the sampled half of one evaluation, or a further attempt of one.
 
     Attributes:
         name: ``test last``, or the step's name; the same in every run of the same shape.
-        part: ``greedy`` or ``sampled``.
+        part: ``greedy`` or ``sampled``; ``greedy turn 2`` for the second attempt.
         settings: what scores depend on besides the policy, by the name that a reader knows it by.
         items: by problem id, in the order of the evaluation.
     """
@@ -68,11 +68,11 @@ def _common_name(step: str) -> str:
 
 
 def part_steps(run: RunRecord, evaluation: str) -> dict[str, tuple[str, str]]:
-    """The parts of an evaluation step: (sample step, grade step) by ``greedy`` and ``sampled``."""
+    """The parts of an evaluation step: (sample step, grade step) by ``greedy``, ``greedy turn 2``, ``sampled`` …"""
     parts = {}
     for grade_step in run.fingerprint(evaluation)["inputs"]:
         sampled = run.fingerprint(grade_step)["inputs"][0]
-        parts[sampled.rsplit("/", 1)[-1]] = (sampled, grade_step)
+        parts[sampled.rsplit("/", 1)[-1].replace("-", " ")] = (sampled, grade_step)
     return parts
 
 
@@ -80,29 +80,32 @@ def read_part(run: RunRecord, name: str, evaluation: str, part: str) -> Evaluati
     """One part of an evaluation with every item. Raises RunFailed when a table is damaged."""
     sampled, grade_step = part_steps(run, evaluation)[part]
     asked, graded = run.fingerprint(sampled), run.fingerprint(grade_step)
+    first, num_earlier = asked, 0
+    while first["kind"] == "turn":
+        first, num_earlier = run.fingerprint(first["inputs"][0]), num_earlier + 1
     settings = {
-        "style": asked["kind"],
-        "num_samples": asked["n"],
+        "style": first["kind"],
+        "num_samples": first["n"],
         "seed": asked["seed"][1],
         **{key: value for key, value in asked["sampling"].items() if key != "logprobs"},
         "grader": graded["grader"],
         "grader_settings": graded["settings"],
     }
     split = run.fingerprint(evaluation)["split"]
-    return EvaluationPart(
-        name=name, part=part, split=split, settings=settings, items=_items(run, sampled, grade_step, split)
-    )
+    items = _items(run, sampled, grade_step, num_earlier)
+    return EvaluationPart(name=name, part=part, split=split, settings=settings, items=items)
 
 
-def _items(run: RunRecord, sampled: str, grade_step: str, split: str) -> dict[str, Item]:
+def _items(run: RunRecord, sampled: str, grade_step: str, num_earlier: int) -> dict[str, Item]:
     items: dict[str, Item] = {}
     for rollouts, (scores,) in run.scored_parts(sampled, [grade_step]):
         ids = rollouts.column("problem_id")
-        # all samples of a problem share one prompt, so only first rows are decoded
+        # but for earlier attempts all samples of a problem share one prompt, so only first rows are decoded
         firsts = {problem_id: row for row, problem_id in reversed(list(enumerate(ids))) if problem_id not in items}
         rows = sorted(firsts.values())
         for row, messages in zip(rows, rollouts.take(rows).column("messages") if rows else [], strict=True):
-            prompt = digest([[message.role, message.content] for message in messages])
+            own = {len(messages) - 2 * number for number in range(1, num_earlier + 1)}
+            prompt = digest([[said.role, said.content] for place, said in enumerate(messages) if place not in own])
             items[ids[row]] = Item(reference="", prompt=prompt)
         for problem_id, value in zip(ids, scores.column("value"), strict=True):
             items[problem_id].num_samples += 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from reasonrun.correction import overall
 
 
 @dataclass(kw_only=True)
@@ -14,6 +16,7 @@ class RoundRow:
 
     scope: str
     evaluations: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # part -> accuracy, low, high
+    corrections: dict[str, dict[str, Any]] = field(default_factory=dict)  # dev: part -> its ``correction_section``
     num_rollouts: int = 0
     num_correct: int = 0
     num_kept: int = 0
@@ -60,6 +63,8 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
                 low, high = row[part]["interval"]
                 key = part if row["split"] == "dev" else f"{part} {row['step'].split('/')[-1]}"
                 line.evaluations[key] = (row[part]["accuracy"], low, high)
+        if row["split"] == "dev":
+            line.corrections |= row.get("correction", {})
     elif verb == "evaluate_pairs" and row["num_pairs"]:
         line.pairs = (row["reward_margin"], row["pair_accuracy"])
     elif in_evaluation:
@@ -85,7 +90,7 @@ def format_table(table: list[RoundRow]) -> list[str]:
     pairs_header = ["held-out margin, pairs right"] if with_pairs else []
     header = [
         "round",
-        *(f"dev {p}" for p in parts),
+        *(column for p in parts for column in (f"dev {p}", *_correction_header(table, p))),
         *pairs_header,
         "tried",
         "right",
@@ -97,7 +102,10 @@ def format_table(table: list[RoundRow]) -> list[str]:
     ]
     body = [header]
     for line in table:
-        scores = [_interval(line.evaluations.get(part)) for part in parts]
+        scores = []
+        for part in parts:
+            cells = _correction_cells(line.corrections.get(part)) if _correction_header(table, part) else []
+            scores += [_interval(line.evaluations.get(part)), *cells]
         if with_pairs:
             scores.append("-" if line.pairs is None else f"{line.pairs[0]:.3f}, {line.pairs[1]:.1%}")
         counts = [line.num_rollouts, line.num_correct, line.num_kept, line.num_hinted, line.num_steps, line.num_tokens]
@@ -107,20 +115,44 @@ def format_table(table: list[RoundRow]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
 
 
+def _correction_header(table: list[RoundRow], part: str) -> list[str]:
+    """The columns of the last attempt, where any line has several; a run asks equally often in all of them."""
+    last = max((overall(line.corrections[part])["to"] for line in table if part in line.corrections), default=0)
+    return [f"dev {part} t{last}", "delta"] if last else []
+
+
+def _correction_cells(section: dict[str, Any] | None) -> list[str]:
+    if section is None:
+        return ["-", "-"]
+    attempt, change = section["attempts"][-1], overall(section)
+    return [_interval((attempt["accuracy"], *attempt["interval"])), _points(change["delta"], change["delta_interval"])]
+
+
+def _points(difference: float, interval: Sequence[float]) -> str:
+    return f"{100 * difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+
 def _interval(score: tuple[float, float, float] | None) -> str:
     return "-" if score is None else f"{score[0]:.1%} [{score[1]:.1%}, {score[2]:.1%}]"
 
 
 def format_result(result: dict[str, Any]) -> list[str]:
-    """Before and after on the test split, one line per part."""
-    lines = []
+    """Before and after on the test split, one line per part; with several attempts the last one and its delta, too."""
+    lines: list[tuple[str, list[str]]] = []
     test = {name: result["test"][name] for name in ("base", "last", "best")}  # stored results are sorted by key
     for part in ("greedy", "sampled"):
         if part not in test["base"]:
             continue
         cells = [f"{name} {_interval((t[part]['accuracy'], *t[part]['interval']))}" for name, t in test.items()]
-        lines.append(f"test {part:8s} " + "   ".join(cells))
-    return lines
+        lines.append((part, cells))
+        sections = {name: t["correction"][part] for name, t in test.items() if "correction" in t}
+        if sections:
+            pairs = [(name, *_correction_cells(section)) for name, section in sections.items()]
+            last = overall(next(iter(sections.values())))["to"]
+            lines.append((f"{part} t{last}", [f"{name} {accuracy}" for name, accuracy, _ in pairs]))
+            lines.append((f"{part} delta", [f"{name} {delta}" for name, _, delta in pairs]))
+    width = max((len(label) for label, _ in lines), default=0)
+    return [f"test {label:{max(width, 8)}s} " + "   ".join(cells) for label, cells in lines]
 
 
 def seconds_by_step(notes: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reasonrun.correction import overall
 from reasonrun.metrics import mean_interval_over_seeds
 
 PARTS = ("greedy", "sampled")
 PAIR_METRICS = ("reward_margin", "pair_accuracy")  # on pairs that no arm learnt from
+_SHARES = {"incorrect_to_correct": "i→c", "correct_to_incorrect": "c→i", "changed_share": "changed"}
 INDISTINGUISHABLE = "not distinguishable"
 _ROUNDING = 1e-12  # differences below are those of adding in another order
 
@@ -53,11 +55,13 @@ class Arm:
     scores: Mapping[str, PartScores]
     train_metrics: Mapping[str, Estimate]  # of the last training step; those that all its runs have
     held_out_pairs: Mapping[str, Estimate]
+    correction: Mapping[str, Estimate]  # of the last checkpoint on test, see ``correction_metrics``
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Test accuracy of the last checkpoint, or a metric on held-out pairs, ``arm`` minus ``reference``, paired by seed."""
+    """Test accuracy of the last checkpoint, first or last attempt, what the last attempt gains, or a metric on held-out
+    pairs: ``arm`` minus ``reference``, paired by seed."""
 
     arm: str
     reference: str
@@ -94,6 +98,11 @@ class SweepTable:
         """Metrics on held-out pairs that some arm has."""
         return tuple(key for key in PAIR_METRICS if any(key in arm.held_out_pairs for arm in self.arms))
 
+    @property
+    def correction_metrics(self) -> tuple[str, ...]:
+        """Metrics of asking again that some arm has."""
+        return tuple(dict.fromkeys(key for arm in self.arms for key in arm.correction))
+
     def to_json(self) -> dict[str, Any]:
         """The table as one JSON value; absent intervals are null."""
         return {
@@ -109,11 +118,12 @@ def sweep_table(summaries: Iterable[Summary]) -> SweepTable:
         by_arm.setdefault(summary["arm"], []).append(summary)
     arms = tuple(_arm(name, runs) for name, runs in by_arm.items())
     reference, *others = by_arm or [""]
+    compared = {name: _compared(runs) for name, runs in by_arm.items()}
     comparisons = [
         Comparison(arm=name, reference=reference, part=part, difference=Estimate.of(differences))
         for name in others
-        for part in (*PARTS, *PAIR_METRICS)
-        if (differences := _paired(_compared(by_arm[reference], part), _compared(by_arm[name], part)))
+        for part, values in compared[reference].items()
+        if (differences := _paired(values, compared[name].get(part, {})))
     ]
     return SweepTable(arms=arms, comparisons=tuple(comparisons))
 
@@ -133,9 +143,8 @@ def _arm(name: str, runs: Sequence[Summary]) -> Arm:
             for key in (metrics[0] if metrics else {})
             if all(key in one for one in metrics)
         },
-        held_out_pairs={
-            key: Estimate.of(list(values.values())) for key in PAIR_METRICS if (values := _compared(done, key))
-        },
+        held_out_pairs=_estimates(_of_pairs(done)),
+        correction=_estimates(_of_attempts(done)),
     )
 
 
@@ -149,11 +158,38 @@ def _scores(done: Sequence[Summary], part: str) -> PartScores:
     )
 
 
-def _compared(runs: Sequence[Summary], part: str) -> dict[int, float]:
-    """What arms are compared by, by seed."""
-    if part in PARTS:
-        return _last(runs, part)
-    return {run["seed"]: run["held_out_pairs"][part] for run in runs if run.get("held_out_pairs")}
+def _compared(runs: Sequence[Summary]) -> dict[str, dict[int, float]]:
+    """What arms are compared by: numbers of the last checkpoint by name, then seed."""
+    of_attempts = {
+        key: values
+        for key, values in _of_attempts(runs).items()
+        if not key.endswith(("acc@t1", *_SHARES.values()))  # the first attempt is the part itself
+    }
+    return {**{part: _last(runs, part) for part in PARTS}, **_of_pairs(runs), **of_attempts}
+
+
+def _of_pairs(runs: Sequence[Summary]) -> dict[str, dict[int, float]]:
+    pairs = {run["seed"]: run["held_out_pairs"] for run in runs if run.get("held_out_pairs")}
+    return {key: {seed: one[key] for seed, one in pairs.items()} for key in (PAIR_METRICS if pairs else ())}
+
+
+def _of_attempts(runs: Sequence[Summary]) -> dict[str, dict[int, float]]:
+    """What asking again did to the last checkpoint on test: ``greedy acc@t2``, ``greedy t1→t2 delta`` …, by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        for part, section in run["test"].get("last", {}).get("correction", {}).items():
+            change = overall(section)
+            numbers = {f"acc@t{t}": one["accuracy"] for t, one in enumerate(section["attempts"], start=1)}
+            span = f"t1→t{change['to']}"
+            numbers |= {f"{span} delta": change["delta"]}
+            numbers |= {f"{span} {short}": change[key] for key, short in _SHARES.items()}
+            for name, value in numbers.items():
+                found.setdefault(f"{part} {name}", {})[run["seed"]] = value
+    return found
+
+
+def _estimates(metrics: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]:
+    return {key: Estimate.of(list(by_seed.values())) for key, by_seed in metrics.items()}
 
 
 def _last(runs: Sequence[Summary], part: str) -> dict[int, float]:
@@ -188,7 +224,8 @@ def format_markdown(table: SweepTable) -> list[str]:
 
 def _header(table: SweepTable) -> list[str]:
     scores = [f"{part} {what}" for part in _parts(table) for what in ("base", "last", "gain")]
-    return ["arm", "seeds", *scores, *(f"held-out {key}" for key in table.pair_metrics), *table.common_metrics]
+    pairs = [f"held-out {key}" for key in table.pair_metrics]
+    return ["arm", "seeds", *scores, *table.correction_metrics, *pairs, *table.common_metrics]
 
 
 def _parts(table: SweepTable) -> list[str]:
@@ -201,6 +238,9 @@ def _cells(arm: Arm, table: SweepTable) -> list[str]:
     cells = [arm.name, ", ".join(counts)]
     for scores in (arm.scores[part] for part in _parts(table)):
         cells += [_percent(scores.base), _percent(scores.last), _percent(scores.gain, sign="+")]
+    cells += [
+        _percent(arm.correction.get(key), sign="+" if key.endswith("delta") else "") for key in table.correction_metrics
+    ]
     cells += [_in_its_unit(arm.held_out_pairs.get(key), key) for key in table.pair_metrics]
     metrics = [arm.train_metrics.get(key) for key in table.common_metrics]
     return [*cells, *("-" if metric is None else f"{metric.mean:.4g}" for metric in metrics)]

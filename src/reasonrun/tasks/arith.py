@@ -171,7 +171,7 @@ class Arith(Task):
     name = "arith"
     prompt_version = words.VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "rubric"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "correction", "rubric"})
     hint_markers: ClassVar[tuple[str, ...]] = ("The answer is",)
 
     class Settings(SettingsBase):
@@ -300,6 +300,10 @@ class Arith(Task):
     def solution(self, problem: Problem) -> str:
         """The gold solution in the form that the carried model writes."""
         return solution_text(chain_of(problem).solve())
+
+    def correction(self) -> str:
+        """Asks to check every step and to write the whole solution again."""
+        return words.CORRECTION
 
     def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:
         """The gold steps from where ``prefix`` stands, or one of them wrong so that the answer changes, too."""

@@ -46,7 +46,7 @@ class Gsm8k(Task):
     name = "gsm8k"
     prompt_version = PROMPT_VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "steps", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "correction"})
     hint_markers: ClassVar[tuple[str, ...]] = tuple(_PROMPTS["hint_markers"])
 
     class Settings(SettingsBase):
@@ -127,6 +127,10 @@ class Gsm8k(Task):
         opening = self.opening("steps").rpartition("\n")[0]
         steps = [f"Step {number}: {line}" for number, line in enumerate(lines or ["The answer is given."], start=1)]
         return "\n".join([opening, *steps, answer])
+
+    def correction(self) -> str:
+        """Asks to correct what may be wrong and to write the whole solution again, whatever the first one was."""
+        return str(_PROMPTS["correction"]).strip()
 
     def scripted_answer(self, problem: Problem, *, correct: bool, seed: int, prefix: str = "") -> str:
         """What is left of the gold solution after as many lines as ``prefix`` has, or the same with another number."""

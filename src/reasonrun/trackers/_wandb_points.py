@@ -1,8 +1,9 @@
 """The metrics record as W&B history: a pure function of the run's files, so that every point has a fixed step.
 
 Names: ``dev/greedy`` and ``test/best/greedy`` are accuracies (with ``/low``, ``/high`` and the other numbers of the
-table below them), ``round/kept_share`` and the like come from the curate and train rows, ``train/loss`` is the curve of
-the steps named train, ``<step>/…`` the numbers of any other row, ``seconds/<verb>`` the time of the round so far.
+table below them), ``dev/greedy/attempt-2`` that of a second attempt and ``dev/greedy/correction/delta`` what it gains,
+``round/kept_share`` and the like come from the curate and train rows, ``train/loss`` is the curve of the steps named
+train, ``<step>/…`` the numbers of any other row, ``seconds/<verb>`` the time of the round so far.
 Steps of a scope that is no round keep the scope's name in front: ``probe-T=0.5/sample/num_rollouts``.
 """
 
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from reasonrun.correction import overall
 
 _ROUND = re.compile(r"round-(\d+)")
 _FINAL = re.compile(r"final(-[^/]*)?")  # its labels tell runs of different length apart, not metrics
@@ -76,7 +79,9 @@ class Projection:
             split, name = str(row.get("split", "dev")), leaf.rpartition("/")[2]
             table = split if not name.startswith(f"{split}-") else f"{split}/{name.removeprefix(f'{split}-')}"
             is_own_axis = not scope or _FINAL.fullmatch(scope) or _ROUND.fullmatch(scope)
-            return dict(_flat(table if is_own_axis else f"{scope}/{table}", values))
+            name = table if is_own_axis else f"{scope}/{table}"
+            sections = values.pop("correction", {})
+            return dict(_flat(name, values)) | dict(_attempts(name, sections))
         numbers = dict(_flat("round" if verb == "train" else prefix, values))
         if verb == "curate":
             numbers |= _flat("round", values)
@@ -105,6 +110,15 @@ class Projection:
             place = {"round": float(self._round), axis: float(before + int(line["step"]))}
             points.append(Point(metrics=place | dict(_flat(prefix, values)), axis=axis))
         return points
+
+
+def _attempts(name: str, sections: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Further attempts of every part by their number, and what the last one makes of the first."""
+    for part, section in sections.items():
+        for number, attempt in enumerate(section["attempts"][1:], start=2):
+            yield from _flat(f"{name}/{part}/attempt-{number}", attempt)
+        change = {key: value for key, value in overall(section).items() if key not in ("from", "to")}
+        yield from _flat(f"{name}/{part}/correction", change)
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:

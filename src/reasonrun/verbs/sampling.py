@@ -121,12 +121,18 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
     needed = len(longest.all_ids) + job.sampling.max_new_tokens
     if needed <= limit:
         return
+    whole, hint = "", "lower max_new_tokens, use fewer demonstrations, or take a model with a longer context"
+    if job.kind == "turn":
+        whole = ", with its earlier answers, which are never cut,"
+        hint = (
+            "lower max_new_tokens, which bounds those too, ask for fewer turns, or take a model with a longer context"
+        )
     num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
     raise RecipeError(
         f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest (problem {longest.problem.id})"
-        f" has {len(longest.all_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens,"
-        f" the model's context holds {limit}",
-        hint="lower max_new_tokens, use fewer demonstrations, or take a model with a longer context",
+        f"{whole} has {len(longest.all_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens, the"
+        f" model's context holds {limit}",
+        hint=hint,
     )
 
 
