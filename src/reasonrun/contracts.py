@@ -75,6 +75,10 @@ class Method(ABC):
     def run(self, lab: Lab) -> Checkpoint:
         """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""
 
+    def findings(self, lab: Lab) -> list[str]:
+        """What a person should know of the finished run, from ``lab.evaluations``: one line each, exit code 5."""
+        return []
+
     def preflight(self) -> Probe | None:
         """What to look at before the run; None for a method that does not learn from its own samples."""
         if not self.trains:

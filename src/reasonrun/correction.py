@@ -16,6 +16,10 @@ import numpy as np
 from reasonrun.metrics import mcnemar_exact, summarise
 from reasonrun.records import Graded
 
+# Below, or above, these a run is worth a second look (the thresholds are this project's own).
+MIN_CHANGED = 0.05
+MAX_TRUNCATED = 0.05
+MAX_DROP = 0.03
 _Z_95 = 1.96  # two-sided 95 % of the normal distribution
 _OF_AN_ATTEMPT = ("accuracy", "interval", "truncated_share", "unparseable_share")
 
@@ -49,6 +53,42 @@ def overall(section: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a ``correction_section`` that leads from the first attempt to the last."""
     entry: dict[str, Any] = section["changes"][-1]
     return entry
+
+
+def alarms(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a policy that was taught to correct itself, one line each.
+
+    Args:
+        before: ``overall`` of the base on some split.
+        after: ``overall`` of the policy on the same.
+    """
+    found = []
+    if after["changed_share"] < MIN_CHANGED:
+        found.append(
+            f"second attempts repeat the first: {after['changed_share']:.1%} of the answers change (below"
+            f" {MIN_CHANGED:.0%})"
+        )
+    lost, had = after["correct_to_incorrect"], before["correct_to_incorrect"]
+    error = math.sqrt(lost * (1 - lost) / after["num_rows"] + had * (1 - had) / before["num_rows"])
+    if lost - had > 2 * error:
+        found.append(f"more right answers are made wrong: {lost:.1%} of all, {had:.1%} by the base")
+    for which in ("first", "last"):
+        if after[f"truncated_share_{which}"] > MAX_TRUNCATED:
+            found.append(
+                f"{which} attempts are cut: {after[f'truncated_share_{which}']:.1%} (above {MAX_TRUNCATED:.0%})"
+            )
+    return found
+
+
+def first_attempt_moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Whether a stage that was to hold the first attempt let it drop."""
+    drop = before["accuracy_first"] - after["accuracy_first"]
+    if drop <= MAX_DROP:
+        return []
+    return [
+        f"Stage I let first attempts drop by {100 * drop:.1f} points (above {100 * MAX_DROP:.0f}): raise beta2, or have"
+        " fewer steps of it"
+    ]
 
 
 def correction_table(first: Sequence[Graded], second: Sequence[Graded]) -> dict[str, Any]:

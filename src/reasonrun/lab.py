@@ -36,6 +36,7 @@ class Lab:
         self._names: set[str] = set()
         self._problem_sets: dict[str, ProblemSet] = {}
         self.evaluations: list[Evaluation] = []
+        self.nominees: dict[str, Checkpoint] = {}
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -258,6 +259,10 @@ class Lab:
             keep_optimizer=keep_optimizer,
         )
         return train(self._context, request)
+
+    def nominate(self, name: str, policy: Checkpoint) -> None:
+        """Have ``policy`` tested at the end of the run, under ``name``, beside the last one and the best one on dev."""
+        self.nominees[name] = policy
 
     def metrics(self, policy: Checkpoint) -> dict[str, Any]:
         """What the training step that made ``policy`` reported; nothing for a model that the run started from."""

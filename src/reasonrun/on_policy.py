@@ -238,7 +238,7 @@ class Collector:
         self._job = job
         self._live = Live(
             engine=engine,
-            renderer=Renderer.load(job.start.path),
+            renderer=Renderer.load(spec.tokenizer),
             task=task_class(task_settings),
             problems={problem.id: problem for problem in self.problems},
             group_size=settings.group_size,

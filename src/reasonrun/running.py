@@ -151,6 +151,9 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
         preflight(lab, method, recipe.preflight)
         last = method.run(lab)
         result = conclude(lab, last) if method.trains else measured(lab)
+        findings = method.findings(lab)
+        if findings:
+            result["findings"] = findings
     except Finding as finding:
         finding.hint = "\n  ".join(filter(None, [finding.hint, _best_so_far(lab)]))
         raise
@@ -169,23 +172,28 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
 
 
 def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
-    """Dev of the last policy, then test once for the base, the last and the dev-selected checkpoint."""
+    """Dev of the last policy, then test once for the base, the last, the dev-selected checkpoint, and those that the
+    method nominated."""
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
         dev = _of_policies(lab)
         best = max(dev, key=lambda evaluation: evaluation.rank)  # the earliest of equals
-        chosen = {"base": lab.base, "last": last, "best": best.policy}
+        chosen = {"base": lab.base, "last": last, "best": best.policy, **lab.nominees}
         tests: dict[str, Evaluation] = {}
         for name, policy in chosen.items():
             twin = next((e for e in tests.values() if e.policy.weights == policy.weights), None)
-            if lab.is_rehearsal and name == "best":  # a real run may find another best than the rehearsal does
+            if lab.is_rehearsal and name not in (
+                "base",
+                "last",
+            ):  # a real run may choose others than the rehearsal does
                 with lab.only_possible():
-                    twin = lab.evaluate(policy, split="test", name="test-best")
+                    twin = lab.evaluate(policy, split="test", name=f"test-{name}")
             tests[name] = twin or lab.evaluate(policy, split="test", name=f"test-{name}")
     return {
         "last": _checkpoint(last),
         "best": _checkpoint(best.policy),
         "selected_by": best.step,
+        **({"nominees": {name: _checkpoint(made) for name, made in lab.nominees.items()}} if lab.nominees else {}),
         "test": {name: evaluation.metrics for name, evaluation in tests.items()},
     }
 

@@ -167,6 +167,7 @@ class Part(Record):
 class OnPolicyJob(Record):
     """What a policy-gradient trainer needs to make its own rows while it trains."""
 
+    tokenizer: str  # model folder with tokenizer and template
     problems: str  # JSON-lines file of Problem
     given: str = ""  # JSON-lines file of Rollout that functions may go on from
     task: Part

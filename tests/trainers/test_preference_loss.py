@@ -82,7 +82,12 @@ def test_log_probabilities_are_sums_over_the_continuation_alone(tmp_path: Path) 
 
 def fixed(model: Any, num_rows: int, load_reference: Any = None) -> Fixed:
     return Fixed(
-        start=model, start_is_reference=load_reference is None, load_reference=load_reference, resume_from=None, rows=np.arange(num_rows), tell=lambda text: None
+        start=model,
+        start_is_reference=load_reference is None,
+        load_reference=load_reference,
+        resume_from=None,
+        rows=np.arange(num_rows),
+        tell=lambda text: None,
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
+from reasonrun.errors import Finding
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
@@ -49,12 +50,14 @@ def train_command(
             outcome = run(resolved, options, PlainProgress(console))
     if as_json:
         print_json({"directory": str(outcome.directory), "result": outcome.result})
-        return
-    show(outcome)
-    if not outcome.already_finished:
+    else:
+        show(outcome)
+    if not outcome.already_finished and not as_json:
         rows = read_lines(outcome.directory / "metrics.jsonl")
         for line in format_comparison(compare(plan(resolved, Assumptions(), SilentProgress()), rows)):
             typer.echo(line)
+    if outcome.result.get("findings"):
+        raise typer.Exit(Finding.exit_code)
 
 
 def show(outcome: Outcome) -> None:
@@ -70,6 +73,8 @@ def show(outcome: Outcome) -> None:
     typer.echo("")
     for line in format_result(outcome.result):
         typer.echo(line)
+    for finding in outcome.result.get("findings", ()):
+        typer.echo(f"finding: {finding}")
     last = outcome.result["last"]["step"]
     model = directory / "steps" / last / "model" if last != "base" else "the base model"
     typer.echo(f"model: {model}")

@@ -34,7 +34,11 @@ class AttemptSettings(Settings):
     style: str = setting("plain", Effect.SEMANTIC, "Prompt style of the first attempt.", min_length=1)
     max_new_tokens: int = setting(256, Effect.SEMANTIC, "Longest attempt in tokens.", ge=1)
     offline_share: float = setting(
-        0.0, Effect.SEMANTIC, "Share of the problems whose first attempts were sampled before; they are not learnt.", ge=0, le=1
+        0.0,
+        Effect.SEMANTIC,
+        "Share of the problems whose first attempts were sampled before; they are not learnt.",
+        ge=0,
+        le=1,
     )
 
 
@@ -46,9 +50,13 @@ class TurnRewards(Settings):
 
     rewarded: tuple[int, ...] = setting((1, 2), Effect.SEMANTIC, "Attempts that get their reward; the others get 0.")
     credit: str = setting("own", Effect.SEMANTIC, "own or last.", pattern="^(own|last)$")
-    bonus: float = setting(0.0, Effect.SEMANTIC, "alpha: an attempt also gets alpha x (its verdict - the one before).", ge=0)
+    bonus: float = setting(
+        0.0, Effect.SEMANTIC, "alpha: an attempt also gets alpha x (its verdict - the one before).", ge=0
+    )
     kl_coefs: tuple[float, ...] = setting(
-        (0.01, 0.01), Effect.SEMANTIC, "Pull of each attempt towards the reference; the last one is that of all further."
+        (0.01, 0.01),
+        Effect.SEMANTIC,
+        "Pull of each attempt towards the reference; the last one is that of all further.",
     )
     learnt: tuple[int, ...] = setting((1, 2), Effect.SEMANTIC, "Attempts that are learnt at all.")
 

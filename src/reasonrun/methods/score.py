@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
-from reasonrun.correction import alarms
-from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, paired_rows, trace_rows, turn_rewards
+from reasonrun.correction import alarms, first_attempt_moved
+from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
-from reasonrun.training import PolicyGradientSettings, SFTSettings
+from reasonrun.training import PolicyGradientSettings
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
-    from reasonrun.samples import ExampleSet, ProblemSet, RolloutSet
-    from reasonrun.verbs.evaluating import Evaluation
-
-_IMITATING = ("star_traces_plus", "pair_sft_plus")
+    from reasonrun.samples import ProblemSet, RolloutSet
 
 
 class StageSettings(SettingsBase):
@@ -36,15 +33,6 @@ class FilterSettings(SettingsBase):
     num_samples: int = setting(0, Effect.SEMANTIC, "Solutions of the base per problem; 0 takes all problems.", ge=0)
     min_rate: float = setting(0.1, Effect.SEMANTIC, "Smallest share of right ones.", ge=0, le=1)
     max_rate: float = setting(0.9, Effect.SEMANTIC, "Largest share.", ge=0, le=1)
-
-
-class ImitateSettings(SettingsBase):
-    """The arms that imitate instead: STaR on correction traces, and Pair-SFT."""
-
-    rounds: int = setting(3, Effect.HORIZON, "Rounds of star_traces_plus; pair_sft_plus has one.", ge=1)
-    steps: int = setting(500, Effect.SEMANTIC, "Optimizer steps of a round.", ge=1)
-    num_samples: int = setting(4, Effect.SEMANTIC, "First attempts per problem, each with one second attempt.", ge=1)
-    keep_right: bool = setting(True, Effect.SEMANTIC, "Imitate right after right, too; false leaves the plus away.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class SCoRe(Method):
 
     ``arm`` says what is run: ``score``; without its parts, ``no_stage1`` and ``no_bonus``, with as many steps;
     ``single_turn_rl``, first attempts alone; ``naive_two_turn_rl``, the last verdict credited to both attempts in one stage
-    without a bonus; and two that imitate, ``star_traces_plus`` and ``pair_sft_plus`` (``imitate``).
+    without a bonus. The paper's baselines that imitate are the method ``correction_sft``.
 
     Departures from the paper, and what it leaves open:
 
@@ -77,7 +65,6 @@ class SCoRe(Method):
     - Stage I runs once; the first version interleaves the stages.
     - ``rl.advantage_scale: per_attempt`` keeps alpha from multiplying the gradient of Stage II; the paper does not scale.
       Rewards and advantages of each attempt are logged, both before and after.
-    - the arms that imitate learn the second attempt's tokens alone; Pair-SFT takes at most 4 pairs of a kind a problem.
     - rounds of one stage carry Adam on; with ``rl.lora`` every round merges its adapters and starts fresh ones.
     """
 
@@ -94,14 +81,18 @@ class SCoRe(Method):
             "no_bonus",
             "single_turn_rl",
             "naive_two_turn_rl",
-            "star_traces_plus",
-            "pair_sft_plus",
-        ] = setting("score", Effect.SEMANTIC, "The method, or one of its ablations and baselines.")
+        ] = setting("score", Effect.SEMANTIC, "The method, or one of its ablations.")
         style: str = setting("plain", Effect.SEMANTIC, "Prompt style of first attempts.", min_length=1)
         max_new_tokens: int = setting(1024, Effect.SEMANTIC, "Longest attempt in tokens.", ge=1)
-        num_attempts: int = setting(2, Effect.SEMANTIC, "Attempts in a row; Stage I then comes once for each later one.", ge=2, le=8)
+        num_attempts: int = setting(
+            2, Effect.SEMANTIC, "Attempts in a row; Stage I comes once for each later one.", ge=2, le=8
+        )
         offline_share: float = setting(
-            0.0, Effect.SEMANTIC, "Share of problems with first attempts of the base, sampled once, in Stage II.", ge=0, le=1
+            0.0,
+            Effect.SEMANTIC,
+            "Share of problems with first attempts of the base, sampled once, in Stage II.",
+            ge=0,
+            le=1,
         )
         alpha: float = setting(10.0, Effect.SEMANTIC, "Weight of the bonus for a changed verdict, in Stage II.", ge=0)
         beta1: float = setting(0.01, Effect.SEMANTIC, "KL coefficient of attempts that are rewarded.", ge=0)
@@ -111,10 +102,6 @@ class SCoRe(Method):
         filter: FilterSettings = setting(FilterSettings(), Effect.SEMANTIC, "Which training problems take part.")
         rl: PolicyGradientSettings = setting(
             PolicyGradientSettings(lr=5e-6, max_length=4096), Effect.SEMANTIC, "Reinforcement learning of both stages."
-        )
-        imitate: ImitateSettings = setting(ImitateSettings(), Effect.SEMANTIC, "The arms that imitate.")
-        sft: SFTSettings = setting(
-            SFTSettings(lr=5e-6, batch_size=64, max_length=4096), Effect.SEMANTIC, "Training of the arms that imitate."
         )
 
     def needs(self) -> Mapping[str, str]:
@@ -126,8 +113,6 @@ class SCoRe(Method):
         return Probe(style=self.config.style, sampling=sampling, needs=frozenset({"right", "variance"}))
 
     def run(self, lab: Lab) -> Checkpoint:
-        if self.config.arm in _IMITATING:
-            return self.imitate(lab)
         problems, policy = self.problems(lab), lab.base
         for stage in self.stages():
             policy = self.reinforce(lab, stage, problems, policy)
@@ -166,10 +151,14 @@ class SCoRe(Method):
         problems, chosen = lab.problems("train"), self.config.filter
         if not chosen.num_samples:
             return problems
-        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
         with lab.scope("filter"):
-            tried = lab.sample(lab.base, problems, n=chosen.num_samples, style=self.config.style, sampling=sampling)
-            return lab.grade(tried).with_rate(chosen.min_rate, chosen.max_rate)
+            tried = lab.grade(self.sampled(lab, problems, chosen.num_samples, "sample"))
+        return tried.with_rate(chosen.min_rate, chosen.max_rate)
+
+    def sampled(self, lab: Lab, problems: ProblemSet, n: int, name: str) -> RolloutSet:
+        """First attempts of the base."""
+        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
+        return lab.sample(lab.base, problems, n=n, style=self.config.style, sampling=sampling, name=name)
 
     def reinforce(self, lab: Lab, stage: Stage, problems: ProblemSet, policy: Checkpoint) -> Checkpoint:
         """One stage; its rounds are candidates, the one with the highest training reward is tested beside the last."""
@@ -209,34 +198,14 @@ class SCoRe(Method):
             ),
             rewards=turn_rewards,
             rewards_settings=stage.rewards,
-            given=self.tried(lab, lab.base, problems, config.rl.group_size, "offline") if offline else None,
+            given=self.sampled(lab, problems, config.rl.group_size, "offline") if offline else None,
         )
 
-    def tried(self, lab: Lab, policy: Checkpoint, problems: ProblemSet, n: int, name: str = "sample") -> RolloutSet:
-        """First attempts of a policy as it is."""
-        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
-        return lab.sample(policy, problems, n=n, style=self.config.style, sampling=sampling, name=name)
-
-    def imitate(self, lab: Lab) -> Checkpoint:
-        """Rounds of fine-tuning the base on chosen second attempts."""
-        config, policy, problems = self.config, lab.base, self.problems(lab)
-        for _ in lab.rounds(config.imitate.rounds if config.arm == "star_traces_plus" else 1):
-            lab.evaluate(policy)
-            rows = self.imitated(lab, policy, problems)
-            policy = lab.train("sft", rows, start=lab.base, settings=config.sft, num_steps=config.imitate.steps)
-        return policy
-
-    def imitated(self, lab: Lab, policy: Checkpoint, problems: ProblemSet) -> ExampleSet:
-        """What is learnt of a policy's own first attempts, and of second ones after them."""
-        config, said = self.config.imitate, lab.task.correction()
-        first = self.tried(lab, policy, problems, config.num_samples)
-        graded = lab.grade(first)
-        if self.config.arm == "pair_sft_plus":
-            return lab.curate(paired_rows, graded, said=said, keep_right=config.keep_right, seed=lab.seed)
-        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
-        second = lab.sample(policy, first, n=1, turn=said, sampling=sampling, name="sample-turn-2")
-        return lab.curate(trace_rows, graded, lab.grade(second, name="grade-turn-2"), keep_right=config.keep_right)
-
-    def findings(self, evaluations: Sequence[Evaluation]) -> list[str]:
-        """Collapse, a first attempt that Stage I did not hold, answers that get worse or are cut."""
-        return alarms(evaluations)
+    def findings(self, lab: Lab) -> list[str]:
+        """Collapse, a first attempt that Stage I did not hold, answers that get worse or are cut; all on dev."""
+        seen = [(e.step, e.overall) for e in lab.evaluations if e.split == "dev" and e.overall]
+        if not seen:
+            return []
+        base, last = seen[0][1], seen[-1][1]
+        held = [table for step, table in seen if step.startswith("stage2-001/") and self.config.arm != "no_stage1"]
+        return [*(line for table in held for line in first_attempt_moved(base, table)), *alarms(base, last)]

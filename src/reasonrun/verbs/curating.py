@@ -15,7 +15,7 @@ from reasonrun.curate.group import Curation, Group
 from reasonrun.curate.steps import SEGMENTERS, Marks, Steps, on_tokens
 from reasonrun.errors import RecipeError, RunConflict, RunFailed
 from reasonrun.ledger.steps import Committed, OpenStep
-from reasonrun.records import CHOSEN_TYPES, Chosen, Graded, LeftOut, Prefix, Problem, Segment, digest
+from reasonrun.records import CHOSEN_TYPES, Chosen, Graded, LeftOut, Message, Prefix, Problem, Segment, digest
 from reasonrun.samples import ExampleSet, Extent, GradedSet, PrefixSet, ProblemSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep

@@ -31,6 +31,11 @@ class Evaluation:
         return float(self._correction["attempts"][-1]["accuracy"] if self._correction else self._table["accuracy"])
 
     @property
+    def overall(self) -> dict[str, Any]:
+        """What became of the first attempts by the last; empty where there is one attempt."""
+        return overall(self._correction) if self._correction else {}
+
+    @property
     def rank(self) -> tuple[float, float]:
         """What checkpoints are selected by: the headline, then what the last attempt gains on the first (0 for one)."""
         return self.headline, float(overall(self._correction)["delta"]) if self._correction else 0.0

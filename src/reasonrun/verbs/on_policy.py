@@ -40,6 +40,7 @@ def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:
     if source.given is not None:
         write_records(given, source.given)
     return OnPolicyJob(
+        tokenizer=ctx.renderer.source,
         problems=str(problems),
         given="" if source.given is None else str(given),
         task=plugin_part(type(ctx.task), ctx.task.config),
