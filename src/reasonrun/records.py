@@ -199,16 +199,22 @@ class PolicyGradientExample(Record):
     sampled_logps: tuple[float, ...]  # of the learnt tokens, under the engine that sampled them
 
 
-class Experience(Record):
-    """A rollout of an on-policy training step, and what was made of it."""
+class Credit(Record):
+    """What an on-policy training step made of a rollout."""
 
     optimizer_step: int  # the first one that could learn from it, from 1
-    rollout: Rollout
-    score: Score
     reward: float | None = None  # None where nothing was learnt from it, as are the following
     kl_coef: float | None = None
     kl: float | None = None  # log(policy / reference) of its tokens, summed
     advantage: float | None = None
+
+
+class Experience(Record):
+    """A rollout of an on-policy training step, its verdict, and what was made of it."""
+
+    rollout: Rollout
+    score: Score
+    credit: Credit
 
 
 class Prefix(Record):

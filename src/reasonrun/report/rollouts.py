@@ -237,7 +237,7 @@ def _named(run: RunRecord, steps: list[SampleStep], name: str) -> list[SampleSte
     found = exact or [step for step in steps if any(n.startswith(name) for n in (step.name, *step.grade_steps))]
     if found:
         return found
-    known = [n for step in steps for n in (step.name, *step.grade_steps)]
+    known = list(dict.fromkeys(n for step in steps for n in (step.name, *step.grade_steps)))
     hint = _alternatives(name, known, "steps with rollouts") if known else "no committed step has rollouts yet"
     verbs: dict[str, Any] = {row["step"]: row["verb"] for row in run.rows}
     if name in verbs:

@@ -72,7 +72,8 @@ class RunRecord:
         return fingerprint
 
     def sample_steps(self) -> list[SampleStep]:
-        """All listed ``sample`` steps, each with every step that graded it."""
+        """All listed steps that hold rollouts, each with every step that graded them; an on-policy training step holds its
+        own verdicts."""
         graded: dict[str, list[str]] = {}
         for name in self.names("grade"):
             graded.setdefault(self.fingerprint(name)["inputs"][0], []).append(name)
@@ -84,7 +85,14 @@ class RunRecord:
                 is_evaluation=self.fingerprint(name)["seed"][:1] == ["evaluate"],
             )
             for name in self.names("sample")
+        ] + [
+            SampleStep(name=name, grade_steps=(name,), is_evaluation=False)
+            for name in self.names("train")
+            if self._is_on_policy(name)
         ]
+
+    def _is_on_policy(self, step: str) -> bool:
+        return bool(self.fingerprint(step).get("verb") == "train_on_policy")
 
     def table(self, record_type: type[R], step: str) -> Rows[R]:
         """The rows of a committed step, mapped into memory. Raises RunFailed when they are damaged."""
@@ -95,7 +103,8 @@ class RunRecord:
             raise RunFailed(f"step {step} of {self.path} is not committed any more.", hint="run the command again")
         committed = Committed(step, self.path / "steps" / step, seal, self._files)
         committed.verify()
-        return Rows.load(record_type, committed.table_paths(), self._cache_dir)
+        name = {"Rollout": "rollouts", "Score": "scores"}[record_type.__name__] if self._is_on_policy(step) else "rows"
+        return Rows.load(record_type, committed.table_paths(name), self._cache_dir)
 
     def scored_parts(self, sampled: str, grade_steps: Iterable[str]) -> Iterator[Scored]:
         """The rollouts of a ``sample`` step beside the scores of each grader, in pieces that fit into memory.

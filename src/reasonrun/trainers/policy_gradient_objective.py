@@ -16,7 +16,7 @@ import torch.distributed as dist
 from reasonrun.contracts import Engine
 from reasonrun.credit import advantages, cells, penalised, row_weights
 from reasonrun.on_policy import Collected, Collector
-from reasonrun.records import Experience, Graded, PolicyGradientExample, Problem
+from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem
 from reasonrun.trainers.batches import Indexes, plan_batches, share_of_rank
 from reasonrun.trainers.examples import sequences_of
 from reasonrun.trainers.live_weights import live_weights
@@ -253,7 +253,8 @@ class PolicyGradientObjective(Objective):
             for graded in collected.graded:
                 row = place.get(graded.rollout.id)
                 made = {} if row is None else self._made_of(collected.rows[row], row, log_ratios)
-                kept = Experience(optimizer_step=optimizer_step, rollout=graded.rollout, score=graded.score, **made)
+                credit = Credit(optimizer_step=optimizer_step, **made)
+                kept = Experience(rollout=graded.rollout, score=graded.score, credit=credit)
                 file.write(kept.model_dump_json() + "\n")
 
     def _made_of(self, example: PolicyGradientExample, row: int, log_ratios: Floats) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from reasonrun.contracts import Engine, TrainEvents
 from reasonrun.on_policy import Collected, Collector
-from reasonrun.records import Experience, digest
+from reasonrun.records import Credit, Experience, digest
 from reasonrun.trainers.batches import plan_batches
 from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult, experience_path
 
@@ -46,6 +46,9 @@ class ScriptedTrainer:
         }
         text = json.dumps(content, sort_keys=True)
         (final / "scripted.json").write_text(text)
+        optimizer = Path(job.out_dir) / "optimizer"  # so that the next training can carry it on
+        optimizer.mkdir()
+        (optimizer / "scripted.json").write_text(text)
         save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
         return result
 
@@ -77,11 +80,8 @@ def _keep(collected: Collected, number: int, out_dir: Path) -> None:
     with experience_path(out_dir, number).open("w", encoding="utf-8") as file:
         for graded in collected.graded:
             row = by_id.get(graded.rollout.id)
-            kept = Experience(
-                optimizer_step=number,
-                rollout=graded.rollout,
-                score=graded.score,
-                reward=row.reward if row else None,
-                kl_coef=row.kl_coef if row else None,
+            credit = Credit(
+                optimizer_step=number, reward=row.reward if row else None, kl_coef=row.kl_coef if row else None
             )
+            kept = Experience(rollout=graded.rollout, score=graded.score, credit=credit)
             file.write(kept.model_dump_json() + "\n")

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from reasonrun.ledger.steps import OpenStep
-from reasonrun.records import Experience
+from reasonrun.records import Credit, Experience, Rollout, Score
 from reasonrun.verbs.context import Context
 
 _CHUNK = 256
-EXPERIENCE = "rollouts"
-"""The table of an on-policy step's rollouts."""
+EXPERIENCE = "experience"
+"""The log of an on-policy step's rollouts; sealed as the tables rollouts, scores and credit, row by row the same."""
 
 
 class TrainingLog:
@@ -58,7 +57,7 @@ class TrainingLog:
         self._waiting = []
         self._step.rewind("curve", lambda line: int(line["step"]) <= number)
         if self._on_policy:
-            self._step.rewind(EXPERIENCE, lambda row: int(row["optimizer_step"]) <= number)
+            self._step.rewind(EXPERIENCE, lambda row: int(row["credit"]["optimizer_step"]) <= number)
 
     def commit(self) -> None:
         """Log what was reported so far."""
@@ -84,12 +83,20 @@ class TrainingLog:
         curve = self._step.wal("curve")
         self._step.put_json("curve", [curve.read(int(number)) for number in curve.ordinals()])
         if self._on_policy:
-            self._step.seal_table(EXPERIENCE, Experience, self._rollouts())
+            self._seal_rollouts()
 
-    def _rollouts(self) -> Iterator[Experience]:
-        for row in self._step.wal(EXPERIENCE).rows():
-            experience = Experience.model_validate(row)
-            self.sampled["num_rollouts"] += 1
-            self.sampled["num_completion_tokens"] += len(experience.rollout.completion_ids)
-            self.sampled["num_left_out"] += experience.reward is None
-            yield experience
+    def _seal_rollouts(self) -> None:
+        step = self._step
+        with (
+            step.table("rollouts", Rollout) as rollouts,
+            step.table("scores", Score) as scores,
+            step.table("credit", Credit) as credit,
+        ):
+            for row in step.wal(EXPERIENCE).rows():
+                experience = Experience.model_validate(row)
+                rollouts.append(experience.rollout)
+                scores.append(experience.score)
+                credit.append(experience.credit)
+                self.sampled["num_rollouts"] += 1
+                self.sampled["num_completion_tokens"] += len(experience.rollout.completion_ids)
+                self.sampled["num_left_out"] += experience.credit.reward is None
