@@ -1,6 +1,6 @@
 """Kill a real run once in each of its stages and compare weights and curated rows with an undisturbed run.
 
-    python scripts/kill_stages.py [star_arith] [step_dpo_arith]
+    python scripts/kill_stages.py [star_arith] [step_dpo_arith] [score_arith]
 
 Hugging Face engine, real trainers and the carried model on the CPU. The supervisor is killed with SIGKILL while it
 samples, grades, localizes, rectifies, trains, takes over a checkpoint and evaluates; after each kill the same command
@@ -35,6 +35,14 @@ OVERRIDES = {
         "method.dpo.checkpoint_every=2",
         "method.dpo.batch_size=8",
     ],
+    "score_arith": [
+        "method.stage1.rounds=1",
+        "method.stage1.steps=6",
+        "method.stage2.rounds=2",
+        "method.stage2.steps=6",
+        "method.rl.checkpoint_every=2",
+        "method.rl.batch_size=16",
+    ],
 }
 STAGES = {
     "star_arith": {
@@ -47,6 +55,11 @@ STAGES = {
         "localize": "round-001/localize/probe-2/sample",
         "rectify": "round-001/rectify",
         "train": "round-001/train",
+    },
+    "score_arith": {
+        "Stage I": "stage1-001/train",
+        "Stage II": "stage2-001/train",
+        "Stage II, carried on": "stage2-002/train",
     },
 }
 SAMPLES = ("sample", "greedy", "rectify")  # steps with a log of rows, which is to hold some when the kill comes

@@ -193,3 +193,21 @@ def test_a_million_rows_cost_eight_megabytes(open_wal: Open) -> None:
     wal.close()
     with pytest.raises(ValueError, match="ordinal -1"):
         wal.append([(-1, {})])
+
+
+def test_cutting_sets_the_later_rows_aside_and_they_may_come_out_otherwise(open_wal: Open, tmp_path: Path) -> None:
+    wal = open_wal()
+    for ordinal in range(6):
+        wal.append([(ordinal, {"text": f"row {ordinal}"})])
+        wal.flush()  # so that marks of what is on disk stand between the rows
+    wal.cut(4, lambda name: tmp_path / "aside" / name)
+    assert list(wal.ordinals()) == [0, 1, 2, 3] and len(wal) == 4
+    wal.append([(4, {"text": "another"}), (5, {"text": "other"}), (6, {"text": "new"})])
+    wal.close()
+    (aside,) = (tmp_path / "aside").iterdir()
+    assert aside.read_bytes().count(b"row 4") == aside.read_bytes().count(b"row 5") == 1
+    again = open_wal()
+    assert [row["text"] for row in again.rows()] == ["row 0", "row 1", "row 2", "row 3", "another", "other", "new"]
+    with pytest.raises(KeyError):
+        again.cut(7, lambda name: tmp_path / "aside" / name)
+    again.close()
