@@ -25,13 +25,13 @@ def cells(groups: list[str], attempts: list[int]) -> Indexes:
     )
 
 
-def penalised(rewards_P: Floats, kl_coefs_P: Floats, log_ratios_P: Floats) -> Floats:
-    """Rewards with k1 in them: ``reward - coef * log(policy / reference)`` of the whole row.
+def k1_penalties(kl_coefs_P: Floats, log_ratios_P: Floats) -> Floats:
+    """What k1 takes off each reward: ``coef * log(policy / reference)`` of the whole row.
 
     As part of the reward the penalty is a constant to the gradient, and the score function turns it into the gradient of
     KL(policy || reference). The same number as a loss would have the expected gradient zero.
     """
-    return rewards_P - kl_coefs_P * log_ratios_P
+    return kl_coefs_P * log_ratios_P
 
 
 def leave_one_out(returns_P: Floats, cells_P: Indexes) -> Floats:
@@ -55,31 +55,46 @@ def group_normalised(returns_P: Floats, cells_P: Indexes) -> Floats:
     return centred_P / (deviations_C[cells_P] + _EPSILON)
 
 
-def scaled_per_attempt(advantages_P: Floats, attempts_P: Indexes) -> Floats:
-    """Advantages divided by their standard deviation over all rows of the same attempt.
+def attempt_scales(reward_advantages_P: Floats, attempts_P: Indexes) -> Floats:
+    """What each row's advantage is divided by: the root mean square, over all rows of its attempt, of the advantages that
+    the rewards alone would give, where that is above 1.
 
-    Keeps a bonus on one attempt (SCoRe's alpha = 10) from drowning the gradient of the others. All pulls of an attempt, the
-    KL too, shrink alike.
+    Keeps a bonus on one attempt (SCoRe's alpha = 10) from drowning the gradient of the others, its KL included. Nothing is
+    enlarged: where rewards are all equal there is only the pull towards the reference, and no scale to bring it to.
     """
-    scaled_P = advantages_P.copy()
+    scales_P = np.ones_like(reward_advantages_P)
     for attempt in np.unique(attempts_P):
         here = attempts_P == attempt
-        scaled_P[here] /= np.sqrt(np.mean(advantages_P[here] ** 2)) + _EPSILON
-    return scaled_P
+        scales_P[here] = max(1.0, float(np.sqrt(np.mean(reward_advantages_P[here] ** 2))))
+    return scales_P
 
 
 def advantages(
-    returns_P: Floats,
+    rewards_P: Floats,
+    penalties_P: Floats,
     cells_P: Indexes,
     attempts_P: Indexes,
     *,
     baseline: Literal["leave_one_out", "group_normalised", "reward"],
     scale: Literal["none", "per_attempt"],
 ) -> Floats:
-    """One advantage a row, which all its learnt tokens share."""
+    """One advantage a row, which all its learnt tokens share.
+
+    Args:
+        rewards_P: of each row.
+        penalties_P: what the pull towards the reference takes off them (``k1_penalties``), 0 where it acts in the loss.
+        cells_P: rows that are each other's baseline.
+        attempts_P: the number of each row's attempt.
+        baseline: what is subtracted.
+        scale: per_attempt divides by ``attempt_scales``.
+    """
     rules = {"leave_one_out": leave_one_out, "group_normalised": group_normalised}
-    result_P = rules[baseline](returns_P, cells_P) if baseline in rules else returns_P
-    return scaled_per_attempt(result_P, attempts_P) if scale == "per_attempt" else result_P
+
+    def against_baseline(returns_P: Floats) -> Floats:
+        return rules[baseline](returns_P, cells_P) if baseline in rules else returns_P
+
+    result_P = against_baseline(rewards_P - penalties_P)
+    return result_P / attempt_scales(against_baseline(rewards_P), attempts_P) if scale == "per_attempt" else result_P
 
 
 def row_weights(

@@ -98,7 +98,7 @@ class PolicyGradientSettings(OptimizerSettings):
         "Baseline: mean of the siblings (RLOO), mean and deviation of the group (GRPO), or none (REINFORCE).",
     )
     advantage_scale: Literal["none", "per_attempt"] = setting(
-        "none", Effect.SEMANTIC, "per_attempt divides by the standard deviation over all rows of the same attempt."
+        "none", Effect.SEMANTIC, "per_attempt divides those of an attempt by their deviation, where that is above 1."
     )
     kl: Literal["k1_in_reward", "k2_in_loss"] = setting(
         "k1_in_reward",

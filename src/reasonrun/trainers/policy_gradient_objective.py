@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reasonrun.contracts import Engine
-from reasonrun.credit import advantages, cells, penalised, row_weights
+from reasonrun.credit import advantages, cells, k1_penalties, row_weights
 from reasonrun.on_policy import Collected, Collector
 from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem
 from reasonrun.trainers.batches import Indexes, plan_batches, share_of_rank
@@ -135,10 +135,11 @@ class PolicyGradientObjective(Objective):
         if settings.kl_reduction == "mean":
             self._kl_coefs = self._kl_coefs / np.maximum(num_tokens, 1)
         rewards = np.array([example.reward for example in examples])
-        in_reward = self._kl_coefs if settings.kl == "k1_in_reward" else np.zeros_like(self._kl_coefs)
+        penalties = k1_penalties(self._kl_coefs, log_ratios)
         attempts = np.array([example.attempt for example in examples], dtype=np.int64)
         self._advantages = advantages(
-            penalised(rewards, in_reward, log_ratios),
+            rewards,
+            penalties if settings.kl == "k1_in_reward" else np.zeros_like(penalties),
             cells([example.group for example in examples], attempts.tolist()),
             attempts,
             baseline=settings.advantage,
