@@ -18,11 +18,11 @@ from reasonrun.credit import advantages, cells, k1_penalties, row_weights
 from reasonrun.on_policy import Collected, Collector
 from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem
 from reasonrun.trainers.batches import Indexes, plan_batches, share_of_rank
-from reasonrun.trainers.examples import sequences_of
 from reasonrun.trainers.live_weights import live_weights
 from reasonrun.trainers.objective import Computed, Fixed, Objective
 from reasonrun.trainers.passes import in_passes
 from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
+from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import PolicyGradientSettings, experience_path
 
@@ -34,7 +34,8 @@ class PolicyGradientObjective(Objective):
     """Samples with the weights of the moment, turns rewards into advantages, and gives the losses of the rows.
 
     Log-probabilities of the sampling policy and of the reference are the trainer's own, from the forward pass that the
-    update uses; those of the engine serve to measure, and on request to correct, how far the two differ.
+    update uses; those of the engine serve to measure, and on request to correct, how far the two differ. A row that begins
+    another one shares its forward pass, so what the step trainer calls rows are sequences (``shared_prefixes.py``).
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("ratio", "clipped_share")
@@ -77,10 +78,10 @@ class PolicyGradientObjective(Objective):
         self._engine.close()
 
     def name(self, row: int) -> str:
-        return self.rows.names[row]
+        return self.merged.sequences.names[row]
 
     def num_tokens(self, batch: Indexes) -> int:
-        return int(self.rows.num_learnt[batch].sum())
+        return int(self.merged.sequences.num_learnt[batch].sum())
 
     def step_statistics(self) -> dict[str, float]:
         return self._statistics
@@ -103,7 +104,7 @@ class PolicyGradientObjective(Objective):
     def batch(self, step: int) -> Indexes:
         if step % self.settings.num_iterations == 0:
             self._sample(step // self.settings.num_iterations, step + 1)
-        return np.arange(len(self.rows), dtype=np.int64)
+        return np.arange(len(self.lengths), dtype=np.int64)
 
     def _sample(self, sampling: int, optimizer_step: int) -> None:
         """Rows of one sampling with all that stays fixed until the next one. Raises Finding when none could be made."""
@@ -113,8 +114,8 @@ class PolicyGradientObjective(Objective):
         graded = _gathered(lambda share: self._collector.collect(sampling + 1, share), problems)
         collected = self._collector.reward(graded)
         examples = collected.rows
-        self.rows = sequences_of([(example.rollout_id, example.segments) for example in examples])
-        self.lengths = self.rows.lengths
+        self.merged = merge(examples)
+        self.lengths = self.merged.sequences.lengths
         self._kl_coefs = np.array([example.kl_coef for example in examples])
         scoring = time.monotonic()
         self._old = self._scored(self._model)
@@ -130,8 +131,8 @@ class PolicyGradientObjective(Objective):
 
     def _credit(self, collected: Collected, optimizer_step: int) -> None:
         examples, settings = collected.rows, self.settings
-        num_tokens = self.rows.num_learnt
-        log_ratios = self._sums(self._old - self._reference_logps)
+        num_tokens = self.merged.num_tokens_P
+        log_ratios = self.merged.sums(self._old - self._reference_logps)
         if settings.kl_reduction == "mean":
             self._kl_coefs = self._kl_coefs / np.maximum(num_tokens, 1)
         rewards = np.array([example.reward for example in examples])
@@ -155,21 +156,26 @@ class PolicyGradientObjective(Objective):
             self._keep(collected, optimizer_step, log_ratios)
 
     def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
-        rows = batch[micro]
-        ids_BT, learnt_BT = pad([(self.rows, rows)])
+        own = batch[micro]
+        ids_BT, learnt_BT = pad([(self.merged.sequences, own)])
         nll_BK, columns_K = token_nll(model, ids_BT, learnt_BT, device)
+        rows, sequence_R, columns_RT, mask_RT = self._places(own, columns_K)
 
-        def tokens(flat: Floats) -> torch.Tensor:
-            return torch.from_numpy(self._spread(flat, rows, learnt_BT)[:, columns_K]).to(device)
+        def tokens(values_N: Floats) -> torch.Tensor:
+            spread_RT = np.zeros(mask_RT.shape, dtype=np.float32)
+            spread_RT[mask_RT] = np.concatenate([values_N[here] for here in self.merged.tokens_of(rows)])
+            return torch.from_numpy(spread_RT).to(device)
 
-        def column(values: Floats) -> torch.Tensor:
-            return torch.from_numpy(values[rows].astype(np.float32)).to(device)
+        def column(values_P: Floats) -> torch.Tensor:
+            return torch.from_numpy(values_P[rows].astype(np.float32)).to(device)
 
-        mask_BK = torch.from_numpy(learnt_BT[:, columns_K]).to(device)
-        losses_B, ratio_B, clipped_B = surrogate_losses(
-            -nll_BK,
+        in_BK = (torch.from_numpy(sequence_R)[:, None], torch.from_numpy(columns_RT))
+        logps_RT = -nll_BK[in_BK[0].to(device), in_BK[1].to(device)]
+        mask = torch.from_numpy(mask_RT).to(device)
+        losses_R, ratio_R, clipped_R = surrogate_losses(
+            logps_RT,
             tokens(self._old),
-            mask_BK,
+            mask,
             column(self._advantages),
             column(self._weights),
             ratio=self.settings.ratio,
@@ -177,9 +183,31 @@ class PolicyGradientObjective(Objective):
             importance_BK=None if self._importance is None else tokens(self._importance),
         )
         if self.settings.kl == "k2_in_loss":
-            pull = (tokens(self._reference_logps), mask_BK, column(self._kl_coefs), column(self._weights))
-            losses_B = losses_B + k2_losses(-nll_BK, *pull)
-        return Computed(losses_B=losses_B, num_tokens=int(ids_BT.size), statistics=(ratio_B, clipped_B))
+            pull = (tokens(self._reference_logps), mask, column(self._kl_coefs), column(self._weights))
+            losses_R = losses_R + k2_losses(logps_RT, *pull)
+
+        def by_sequence(values_R: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(own), device=device).index_add(0, in_BK[0][:, 0].to(device), values_R)
+
+        share = len(self.lengths) / len(self.merged.owner_P)  # their mean over sequences is then that over rows
+        means = tuple(by_sequence(values_R.detach() * share) for values_R in (ratio_R, clipped_R))
+        return Computed(losses_B=by_sequence(losses_R), num_tokens=int(ids_BT.size), statistics=means)
+
+    def _places(self, own: Indexes, columns_K: Indexes) -> tuple[Indexes, Indexes, Indexes, npt.NDArray[np.bool_]]:
+        """The rows R inside the sequences ``own``: which, in which of them, and in which of the K columns each of their
+        tokens is, with a mask of the real ones."""
+        position = {int(sequence): place for place, sequence in enumerate(own)}
+        rows = np.flatnonzero(np.isin(self.merged.owner_P, own))
+        lengths_R = self.merged.num_tokens_P[rows]
+        mask_RT = np.arange(lengths_R.max()) < lengths_R[:, None]
+        column_of = np.zeros(int(columns_K.max()) + 1, dtype=np.int64)
+        column_of[columns_K] = np.arange(len(columns_K))
+        columns_RT = np.zeros(mask_RT.shape, dtype=np.int64)
+        columns_RT[mask_RT] = column_of[
+            np.concatenate([self.merged.places_N[here] for here in self.merged.tokens_of(rows)])
+        ]
+        sequence_R = np.array([position[int(owner)] for owner in self.merged.owner_P[rows]], dtype=np.int64)
+        return rows, sequence_R, columns_RT, mask_RT
 
     # -- log-probabilities, flat over the learnt tokens of all rows --------------------------------------------------
 
@@ -188,22 +216,26 @@ class PolicyGradientObjective(Objective):
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
-        everything = np.arange(len(self.rows), dtype=np.int64)
+        sequences = self.merged.sequences
+        everything = np.arange(len(sequences), dtype=np.int64)
         own = share_of_rank(everything, self.lengths, _rank(), _world())
-        found = np.zeros(int(self.rows.num_learnt.sum()))
-        starts = np.concatenate([[0], np.cumsum(self.rows.num_learnt)])
+        found = np.zeros(len(sequences.token_ids))
 
-        def run(rows: Indexes) -> None:
-            ids_BT, learnt_BT = pad([(self.rows, rows)])
+        def run(some: Indexes) -> None:
+            ids_BT, learnt_BT = pad([(sequences, some)])
             nll_BK, columns_K = token_nll(model, ids_BT, learnt_BT, device)
             logps_BK = -nll_BK.double().cpu().numpy()
-            for i, row in enumerate(rows):
-                found[starts[row] : starts[row + 1]] = logps_BK[i, learnt_BT[i, columns_K]]
+            for i, sequence in enumerate(some):
+                found[sequences.offsets[sequence] + columns_K[learnt_BT[i, columns_K]]] = logps_BK[
+                    i, learnt_BT[i, columns_K]
+                ]
 
         size = self.settings.micro_batch_size or max(1, len(own))
         in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
         model.train(was_training)
-        return _summed(found, device)
+        starts_P = sequences.offsets[self.merged.owner_P]
+        logps_N: Floats = _summed(found, device)[np.repeat(starts_P, self.merged.num_tokens_P) + self.merged.places_N]
+        return logps_N
 
     def _scored_by_reference(self) -> Floats:
         if not self._kl_coefs.any():
@@ -215,27 +247,13 @@ class PolicyGradientObjective(Objective):
             self._reference = self._load_reference().requires_grad_(False)
         return self._scored(self._reference)
 
-    def _sums(self, flat: Floats) -> Floats:
-        """Sums over the learnt tokens of each row, shape (P,)."""
-        ends = np.cumsum(self.rows.num_learnt)
-        totals = np.concatenate([[0.0], np.cumsum(flat)])
-        sums: Floats = totals[ends] - totals[ends - self.rows.num_learnt]
-        return sums
-
-    def _spread(self, flat: Floats, rows: Indexes, learnt_BT: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-        """Flat values at their places, shape (B, T), 0 elsewhere."""
-        starts = np.concatenate([[0], np.cumsum(self.rows.num_learnt)])
-        spread_BT = np.zeros(learnt_BT.shape, dtype=np.float32)
-        spread_BT[learnt_BT] = np.concatenate([flat[starts[row] : starts[row + 1]] for row in rows])
-        return spread_BT
-
     def _mismatch(self, examples: Sequence[PolicyGradientExample]) -> dict[str, float]:
         """How far trainer and engine disagree about the sampled tokens; an alarm when it is too far."""
         sampled = np.concatenate([np.asarray(example.sampled_logps, dtype=np.float64) for example in examples])
         gaps = self._old - sampled
         if self.settings.importance_cap is not None:
             whole = self.settings.ratio == "sequence"
-            logs = np.repeat(self._sums(gaps), self.rows.num_learnt) if whole else gaps
+            logs = np.repeat(self.merged.sums(gaps), self.merged.num_tokens_P) if whole else gaps
             self._importance = np.minimum(np.exp(logs), self.settings.importance_cap)
         mean = float(np.abs(gaps).mean())
         if mean > self.settings.max_mismatch and not self._warned:
