@@ -50,7 +50,8 @@ class Arm:
 
     name: str
     seeds: tuple[int, ...]  # of the runs that are done
-    num_findings: int
+    num_findings: int  # runs that ended in one
+    num_alarms: int  # runs that are done and have something to say
     num_failed: int
     scores: Mapping[str, PartScores]
     train_metrics: Mapping[str, Estimate]  # of the last training step; those that all its runs have
@@ -136,6 +137,7 @@ def _arm(name: str, runs: Sequence[Summary]) -> Arm:
         name=name,
         seeds=tuple(run["seed"] for run in done),
         num_findings=num_findings,
+        num_alarms=sum(bool(run.get("findings")) for run in done),
         num_failed=len(runs) - len(done) - num_findings,
         scores={part: _scores(done, part) for part in PARTS},
         train_metrics={
@@ -233,7 +235,7 @@ def _parts(table: SweepTable) -> list[str]:
 
 
 def _cells(arm: Arm, table: SweepTable) -> list[str]:
-    ended = [(arm.num_findings, "finding"), (arm.num_failed, "failed")]
+    ended = [(arm.num_alarms, "with findings"), (arm.num_findings, "finding"), (arm.num_failed, "failed")]
     counts = [str(len(arm.seeds)), *(f"{count} {what}" for count, what in ended if count)]
     cells = [arm.name, ", ".join(counts)]
     for scores in (arm.scores[part] for part in _parts(table)):
