@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reasonrun.errors import RecipeError
 from reasonrun.generation import Request
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Message, Problem, Rollout, Sampling, Segment, digest
@@ -125,6 +127,33 @@ def ask_next_turn(problem: Problem, rollout: Rollout, said: str, renderer: Rende
         prompt_ids=renderer.next_turn(rollout.prompt_ids, rollout.completion_ids, [message]),
         parent_id=rollout.id,
     )
+
+
+def require_room(
+    asks: Iterable[Ask], turns: Sequence[str], max_new_tokens: int, limit: int, renderer: Renderer
+) -> None:
+    """Refuse, before anything is sampled, conversations that may not fit: none is ever cut.
+
+    Args:
+        asks: the first prompts.
+        turns: what will be said after each answer but the last.
+        max_new_tokens: longest answer of each turn.
+        limit: tokens of the longest sequence that is allowed.
+        renderer: their tokenizer and template.
+
+    Raises:
+        RecipeError: the longest prompt with the longest answers exceeds ``limit``.
+    """
+    longest = max(asks, key=lambda ask: len(ask.all_ids))
+    between = sum(len(renderer.next_turn((), (), [Message(role="user", content=said)])) for said in turns)
+    needed = len(longest.all_ids) + between + (1 + len(turns)) * max_new_tokens
+    if needed > limit:
+        raise RecipeError(
+            f"a conversation of {1 + len(turns)} turns may need {needed} tokens: the longest prompt (problem"
+            f" {longest.problem.id}) has {len(longest.all_ids)}, each turn up to {max_new_tokens}. The model's context and"
+            f" the trainer's max_length allow {limit}",
+            hint="lower max_new_tokens, raise max_length, or take a model with a longer context",
+        )
 
 
 def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:

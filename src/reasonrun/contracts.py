@@ -62,6 +62,11 @@ class Method(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def evaluation_turns(self) -> int:
+        """Attempts in a row that its evaluations must have (``evaluate.turns``)."""
+        return 1
+
     def needs(self) -> Mapping[str, str]:
         """Styles and capabilities of the task that these settings ask for, each with the setting (below ``method``) that
         does."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from reasonrun.asks import ask_in_style, require_room
 from reasonrun.contracts import Grader, Probe, Task
 from reasonrun.curate.group import Curation, Group
 from reasonrun.errors import RecipeError, RunFailed
@@ -176,6 +177,15 @@ class Lab:
             extent=source.extent,
         )
         return sample(self._context, job)
+
+    def require_room(
+        self, problems: ProblemSet, *, style: str, turns: Sequence[str], max_new_tokens: int, limit: int
+    ) -> None:
+        """Refuse conversations of several turns that may exceed ``limit`` or the context, before anything is sampled."""
+        context = self._context
+        renderer, task = context.renderer, context.task
+        asks = (ask_in_style(p, task.messages(p, style), task.opening(style), renderer) for p in problems)
+        require_room(asks, turns, max_new_tokens, min(limit, renderer.context_length), renderer)
 
     def fitting(self, model: Checkpoint, source: About, *, prompt: AskAbout, max_new_tokens: int) -> About:
         """The rollouts or prefixes whose questions fit into the context of ``model``; all when none does."""

@@ -18,13 +18,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from pydantic import BaseModel, JsonValue
 
-from reasonrun.asks import Ask, Asking, ask_in_style, ask_next_turn
+from reasonrun.asks import Ask, Asking, ask_in_style, ask_next_turn, require_room
 from reasonrun.contracts import Engine, Grader, Task
 from reasonrun.credit import cells, zero_variance_share
 from reasonrun.errors import Finding, RecipeError
 from reasonrun.generation import Completion
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Graded, Message, PolicyGradientExample, Problem, Record, Rollout, Sampling, digest
+from reasonrun.records import Graded, PolicyGradientExample, Problem, Record, Rollout, Sampling, digest
 from reasonrun.rendering import Renderer
 from reasonrun.training import OnPolicyJob, Part, PolicyGradientSettings, TrainJob
 
@@ -172,16 +172,8 @@ class Live:
         key = digest([style, sampling.max_new_tokens, list(turns)])
         if key in self._has_room:
             return
-        longest = max((self._in_style(p, style) for p in self._problems.values()), key=lambda ask: len(ask.all_ids))
-        bridges = [len(self._renderer.next_turn((), (), [Message(role="user", content=said)])) for said in turns]
-        needed = len(longest.all_ids) + sum(bridges) + (1 + len(turns)) * sampling.max_new_tokens
-        if needed > self._max_length:
-            raise RecipeError(
-                f"a conversation of {1 + len(turns)} turns may need {needed} tokens: the longest prompt (problem"
-                f" {longest.problem.id}) has {len(longest.all_ids)}, each turn up to {sampling.max_new_tokens}. The model's"
-                f" context and the trainer's max_length allow {self._max_length}",
-                hint="lower max_new_tokens, raise max_length, or take a model with a longer context",
-            )
+        asks = (self._in_style(problem, style) for problem in self._problems.values())
+        require_room(asks, turns, sampling.max_new_tokens, self._max_length, self._renderer)
         self._has_room.add(key)
 
 
@@ -198,15 +190,16 @@ class Collected:
     seconds: dict[str, float]
 
     def statistics(self) -> dict[str, float]:
-        """Means of this sampling: reward of the rows; accuracy, length and share of cut answers by attempt."""
-        found = {
-            "reward": float(np.mean([row.reward for row in self.rows])),
-            "zero_variance_share": zero_variance_share(
-                np.array([row.reward for row in self.rows]),
-                cells([row.group for row in self.rows], [row.attempt for row in self.rows]),
-            ),
-            "dropped_problems": float(self.num_dropped),
-        }
+        """Means of this sampling by attempt: reward of the rows, share of cells whose rewards are all equal, accuracy,
+        length, share of cut answers; ``reward`` is the sum of the attempts' mean rewards."""
+        found: dict[str, float] = {"reward": 0.0, "dropped_problems": float(self.num_dropped)}
+        for attempt in sorted({row.attempt for row in self.rows}):
+            rows = [row for row in self.rows if row.attempt == attempt]
+            rewards = np.array([row.reward for row in rows])
+            found[f"reward_{attempt}"] = float(rewards.mean())
+            found["reward"] += float(rewards.mean())
+            places = cells([row.group for row in rows], [attempt] * len(rows))
+            found[f"zero_variance_share_{attempt}"] = zero_variance_share(rewards, places)
         attempts = np.array(attempts_of([row.rollout for row in self.graded]))
         for attempt in np.unique(attempts).tolist():
             here = [row for row, number in zip(self.graded, attempts, strict=True) if number == attempt]
@@ -235,6 +228,7 @@ class Collector:
         for rollout in read_records(Path(spec.given), Rollout) if spec.given else []:
             given.setdefault(rollout.problem_id, []).append(rollout)
         self.state: State = {}
+        self.code = spec.code
         self._job = job
         self._live = Live(
             engine=engine,
@@ -272,6 +266,34 @@ class Collector:
 
     def close(self) -> None:
         self._live.close()
+
+
+def plan_problems(num_problems: int, size: int, num_samplings: int, seed: int) -> list[list[int]]:
+    """The problems of every sampling, by number: none twice in one sampling, where its groups would be one, and each used
+    about as often as any other. A plan for more samplings begins with the plan for fewer.
+
+    Raises:
+        Finding: there are fewer problems than one sampling takes.
+    """
+    if num_problems < size:
+        raise Finding(
+            f"{num_problems} problems are fewer than the {size} of one sampling",
+            evidence={"problems": num_problems, "problems of a sampling": size},
+            hint="lower batch_size, raise group_size, or let more problems take part",
+        )
+    plan: list[list[int]] = []
+    waiting: list[int] = []
+    epoch = 0
+    for _ in range(num_samplings):
+        if len(waiting) < size:
+            order = np.random.default_rng(derive_seed("on_policy", seed, epoch)).permutation(num_problems).tolist()
+            held = set(waiting)
+            # what still waits comes first, and once
+            waiting += [number for number in order if number not in held] + [n for n in order if n in held]
+            epoch += 1
+        plan.append(waiting[:size])
+        waiting = waiting[size:]
+    return plan
 
 
 def attempts_of(rollouts: Sequence[Rollout]) -> list[int]:

@@ -78,6 +78,10 @@ def construct(composition: Composition, classes: Mapping[str, Any], valid: Any, 
         except RecipeError as error:
             composition.report((section,), f"{error.message} ({error.hint})" if error.hint else error.message)
     if "method" in built:
+        least = built["method"].evaluation_turns
+        if valid.evaluate.turns < least:
+            message = f"{valid.method.name} is measured by {least} attempts in a row, not {valid.evaluate.turns}"
+            composition.report(("evaluate", "turns"), message, allowed=(f"{least} to 8",))
         _check_needs(composition, built["method"], classes["task"], roles)
 
 

@@ -136,6 +136,7 @@ def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, op
         host=with_endpoints(host, recipe, check_stop),
         progress=progress,
         check_stop=check_stop,
+        accept_code=options.accept_code,
         code_changed=not options.accept_code
         and code_changed(run_dir.earlier_attempts, recipe.classes["method"], recipe.classes["task"]),
         problems_by_id=problems,

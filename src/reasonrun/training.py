@@ -164,8 +164,14 @@ class Part(Record):
     settings: dict[str, object]
 
 
+ON_POLICY_FILE = "on_policy.json"
+"""In a checkpoint of an on-policy job: what its reward function remembers, and the digest of the code that made it."""
+
+
 class OnPolicyJob(Record):
     """What a policy-gradient trainer needs to make its own rows while it trains."""
+
+    code: str  # digest of the code that makes rows and losses
 
     tokenizer: str  # model folder with tokenizer and template
     problems: str  # JSON-lines file of Problem

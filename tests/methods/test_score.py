@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
+from reasonrun.errors import RecipeError
 from reasonrun.methods.score import SCoRe
 from reasonrun.recipe import RecipeProblems, load
 from reasonrun.records import Rollout, SFTExample
@@ -107,6 +108,35 @@ def test_a_model_that_cannot_be_asked_again_or_batches_that_do_not_divide_are_re
         load("smoke_score", ["method.rl.batch_size=10"])
     with pytest.raises(RecipeProblems, match="expected gradient of zero"):
         load("smoke_score", ["method.rl.kl=k1_in_loss"])
+
+
+def test_an_evaluation_with_fewer_attempts_than_the_method_s_is_refused():
+    for recipe in ("smoke_score", "smoke_correction_sft"):
+        with pytest.raises(RecipeProblems, match="2 attempts in a row"):
+            load(recipe, ["evaluate.turns=1"])
+
+
+def test_a_conversation_that_may_not_fit_is_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(RecipeError, match="2 turns may need"):
+        execute(tmp_path / "run", "smoke_score", "method.max_new_tokens=220")
+    assert not (tmp_path / "run/steps/stage1-001").exists()
+
+
+def test_more_rounds_of_stage_two_go_on_from_a_finished_run(tmp_path):
+    first = execute(tmp_path / "run")
+    more = execute(tmp_path / "run", "smoke_score", "method.stage2.rounds=3")
+    assert more.result["last"]["step"] == "stage2-003/train"
+    trained = {row["step"]: row for row in more.rows if row["verb"] == "train"}
+    assert all(trained[row["step"]] == row for row in first.rows if row["verb"] == "train")
+
+
+def test_the_training_reward_is_the_sum_of_the_attempts_whatever_their_number(tmp_path):
+    outcome = execute(tmp_path / "run", "smoke_score", "method.offline_share=0.5", "method.alpha=0")
+    (row,) = [row for row in outcome.rows if row["step"] == "stage2-001/train"]
+    curve = json.loads((tmp_path / "run/steps/stage2-001/train/curve.json").read_text())
+    for line in curve:
+        assert line["reward"] == pytest.approx(line["reward_1"] + line["reward_2"])
+    assert row["mean_reward"] == pytest.approx(sum(line["reward"] for line in curve) / len(curve))
 
 
 @pytest.mark.parametrize("arm", ["star_traces", "pair_sft"])

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from reasonrun import running
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import versioned
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
@@ -12,12 +11,13 @@ from reasonrun.errors import Finding, RecipeError, RunConflict
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.methods import score
-from reasonrun.on_policy import load_part, part
+from reasonrun.on_policy import load_part, part, plan_problems
 from reasonrun.planning import Assumptions, compare, plan
 from reasonrun.recipe import load
 from reasonrun.records import Credit, Rollout, Score
 from reasonrun.running import RunOptions, run
 from reasonrun.sets import Rows
+from reasonrun.training import ON_POLICY_FILE
 from reasonrun.verbs.training_log import TrainingLog
 
 SMALL = ["task.num_train=16", "task.num_dev=8", "task.num_test=4", "preflight=off", "method.rl.batch_size=8"]
@@ -98,6 +98,36 @@ def test_a_plan_of_thousands_of_steps_rehearses_two(monkeypatch):
     assert trained.units.expected == 5000 and trained.generated.expected > 5000 * 16 * 10
 
 
+@pytest.mark.parametrize(("num_problems", "size"), [(4, 4), (10, 4), (100, 64), (1000, 128), (7, 3)])
+def test_no_sampling_holds_a_problem_twice_and_all_are_used_alike(num_problems, size):
+    plan = plan_problems(num_problems, size, 50, seed=3)
+    assert all(len(set(places)) == size for places in plan)
+    used = [sum(number in places for places in plan) for number in range(num_problems)]
+    assert max(used) - min(used) <= 2
+    assert plan_problems(num_problems, size, 20, seed=3) == plan[:20] != plan_problems(num_problems, size, 20, seed=4)
+
+
+def test_too_few_problems_for_one_sampling_are_a_finding(tmp_path):
+    with pytest.raises(Finding) as caught:
+        execute(tmp_path / "run", "method.rl.batch_size=96")
+    assert caught.value.evidence == {"problems": 16, "problems of a sampling": 24}
+
+
+def test_a_trainer_that_is_past_the_checkpoint_loses_nothing(tmp_path):
+    with RunDir.open(tmp_path / "run", identity={"recipe": {}}, command="test") as run_dir:
+        step = run_dir.step("train", {"verb": "train"})
+        log = TrainingLog(Bare(), step, tmp_path, on_policy=True)
+        for number in (1, 2, 3):
+            (tmp_path / f"experience-{number:08d}.jsonl").write_text(experience(number, "first"))
+        (tmp_path / "experience-00000004.partial").write_text('{"half a')
+        log.commit(2)
+        assert [path.name for path in sorted(tmp_path.glob("experience-*"))] == [
+            "experience-00000003.jsonl",
+            "experience-00000004.partial",
+        ]
+        assert len(step.wal("experience")) == 2
+
+
 @versioned(1)
 def rewards_nothing(state, graded, settings):
     return state, []
@@ -144,15 +174,23 @@ def test_what_functions_are_called_with_is_part_of_the_fingerprint(finished, tmp
     assert fingerprint(tmp_path / "run") != fingerprint(finished[0])
 
 
-def test_code_that_changed_under_a_step_with_a_checkpoint_stops_the_run(tmp_path, monkeypatch):
+def test_optimizer_steps_of_one_step_are_never_made_by_two_codes(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="half way"), monkeypatch.context() as broken:
         broken.setattr("reasonrun.trainers.scripted.ScriptedTrainer._on_policy", stop_half_way)
         execute(tmp_path / "run")
-    monkeypatch.setattr(OpenStep, "latest_checkpoint", lambda self: (tmp_path, 1))
-    monkeypatch.setattr(running, "code_changed", lambda *_: True)
-    with pytest.raises(RunConflict) as caught:
-        execute(tmp_path / "run")
-    assert "stage1-001/train" in str(caught.value) and "--accept-code" in str(caught.value)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    monkeypatch.setattr(OpenStep, "latest_checkpoint", lambda self: (checkpoint, 1))
+    (checkpoint / ON_POLICY_FILE).write_text('{"code": "another", "state": {}}')
+    for _ in range(2):  # a second try is no way around it
+        with pytest.raises(RunConflict) as caught:
+            execute(tmp_path / "run")
+        assert "stage1-001/train" in str(caught.value) and "--accept-code" in str(caught.value)
+    recipe = load("smoke_score", SMALL)
+    options = RunOptions(directory=tmp_path / "run", accept_code=True)
+    monkeypatch.setattr("reasonrun.trainers.scripted.ScriptedTrainer._on_policy", stop_half_way)
+    with pytest.raises(RuntimeError, match="half way"):  # it went on
+        run(recipe, options, SilentProgress())
 
 
 def stop_half_way(self, job, spec, events):

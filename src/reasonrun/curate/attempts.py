@@ -72,9 +72,9 @@ def attempts(live: Live, problems: Sequence[Problem], settings: AttemptSettings)
     """First attempts, and each next one after the correction turn, whatever the verdict on the one before."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     again = [live.task.correction()] * (settings.num_attempts - 1) if settings.num_attempts > 1 else []
-    coin = live.rng("offline")
-    offline = [problem for problem in problems if coin.random() < settings.offline_share]
-    online = [problem for problem in problems if problem not in offline]
+    tossed = [live.rng(f"offline/{problem.id}").random() < settings.offline_share for problem in problems]
+    online = [problem for problem, is_offline in zip(problems, tossed, strict=True) if not is_offline]
+    offline = [problem for problem, is_offline in zip(problems, tossed, strict=True) if is_offline]
     latest = live.sample(online, sampling=sampling, style=settings.style, turns=again)
     latest += [rollout for problem in offline for rollout in live.given(problem)[: live.group_size]]
     graded = live.grade(latest)

@@ -29,6 +29,7 @@ class CorrectionSFT(Method):
     alone; Pair-SFT takes at most 4 pairs of a kind and problem; numbers of samples and steps are this project's.
     """
 
+    evaluation_turns = 2
     requires: ClassVar[frozenset[str]] = frozenset({"correction"})
 
     class Settings(SettingsBase):

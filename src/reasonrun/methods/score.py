@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 class StageSettings(SettingsBase):
     """Length of one stage. Each round ends with a checkpoint that is evaluated and may be chosen."""
 
-    rounds: int = setting(1, Effect.HORIZON, "Rounds; the optimizer goes on from one to the next.", ge=1)
+    rounds: int = setting(1, Effect.SEMANTIC, "Rounds; the optimizer goes on from one to the next.", ge=1)
     steps: int = setting(1500, Effect.SEMANTIC, "Optimizer steps of a round.", ge=1)
+
+
+class LastStageSettings(StageSettings):
+    """The same for the stage that a run ends with."""
+
+    rounds: int = setting(1, Effect.HORIZON, "Rounds; the optimizer goes on from one to the next.", ge=1)
 
 
 class FilterSettings(SettingsBase):
@@ -98,7 +104,7 @@ class SCoRe(Method):
         beta1: float = setting(0.01, Effect.SEMANTIC, "KL coefficient of attempts that are rewarded.", ge=0)
         beta2: float = setting(0.1, Effect.SEMANTIC, "KL coefficient of attempts that Stage I holds to the base.", ge=0)
         stage1: StageSettings = setting(StageSettings(), Effect.SEMANTIC, "Stage I.")
-        stage2: StageSettings = setting(StageSettings(), Effect.SEMANTIC, "Stage II.")
+        stage2: LastStageSettings = setting(LastStageSettings(), Effect.SEMANTIC, "Stage II.")
         filter: FilterSettings = setting(FilterSettings(), Effect.SEMANTIC, "Which training problems take part.")
         rl: PolicyGradientSettings = setting(
             PolicyGradientSettings(lr=5e-6, max_length=4096), Effect.SEMANTIC, "Reinforcement learning of both stages."
@@ -107,12 +113,25 @@ class SCoRe(Method):
     def needs(self) -> Mapping[str, str]:
         return {self.config.style: "style"}
 
+    @property
+    def evaluation_turns(self) -> int:
+        return int(self.config.num_attempts)
+
     def preflight(self) -> Probe:
         """Groups teach when right and wrong rollouts of one problem meet."""
         sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
         return Probe(style=self.config.style, sampling=sampling, needs=frozenset({"right", "variance"}))
 
     def run(self, lab: Lab) -> Checkpoint:
+        config = self.config
+        again = [lab.task.correction()] * (config.num_attempts - 1)
+        lab.require_room(
+            lab.problems("train"),
+            style=config.style,
+            turns=again,
+            max_new_tokens=config.max_new_tokens,
+            limit=config.rl.max_length,
+        )
         problems, policy = self.problems(lab), lab.base
         for stage in self.stages():
             policy = self.reinforce(lab, stage, problems, policy)
@@ -177,7 +196,7 @@ class SCoRe(Method):
                     settings=config.rl.model_copy(update=no_warmup if carry else {}),
                     num_steps=stage.length.steps,
                     carry_optimizer=carry,
-                    keep_optimizer=config.rl.lora is None and number < stage.length.rounds,
+                    keep_optimizer=config.rl.lora is None,
                 )
             rounds.append(policy)
         lab.nominate("by_training_reward", max(rounds, key=lambda made: lab.metrics(made)["mean_reward"]))

@@ -89,8 +89,8 @@ def _train(
     objective.begin(
         Fixed(
             start=trainer.model,
-            # An adapter starts as zero.
-            start_is_reference=job.resume_from is None
+            # Adapters start as zero, and the weights below them stay what they are.
+            start_is_reference=(job.resume_from is None or settings.lora is not None)
             and (job.reference is None or job.reference.weights == job.start.weights),
             load_reference=lambda: _load_reference(job, settings, trainer),
             resume_from=Path(job.resume_from) if job.resume_from else None,
@@ -119,8 +119,6 @@ def _process_group(job: TrainJob) -> Iterator[None]:
         yield
         return
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # A file needs no free port; under torchrun its own store is used.
     method = None if "MASTER_ADDR" in os.environ else f"file://{Path(job.out_dir).resolve() / 'rendezvous'}"
     dist.init_process_group(

@@ -41,6 +41,14 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, "1")
 
 
+def take_device() -> None:
+    """Make this process's GPU the one that "cuda" means to every library in it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def is_rank() -> bool:
     """Whether this process is one of several that train together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -11,7 +11,7 @@ from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.objective import is_out_of_memory
 
 
-def in_passes(order: Indexes, size: int, run: Callable[[Indexes], None], *, what: str, single: str) -> None:
+def in_passes(order: Indexes, size: int, run: Callable[[Indexes], None], *, what: str, single: str) -> int:
     """Call ``run`` on pieces of ``order`` of ``size`` rows, without gradients; halved when memory runs out.
 
     Args:
@@ -20,6 +20,9 @@ def in_passes(order: Indexes, size: int, run: Callable[[Indexes], None], *, what
         run: one forward pass.
         what: what is computed, for the message.
         single: how the message calls one row.
+
+    Returns:
+        The size that fitted.
 
     Raises:
         RunFailed: a single row does not fit.
@@ -43,3 +46,4 @@ def in_passes(order: Indexes, size: int, run: Callable[[Indexes], None], *, what
                 torch.cuda.empty_cache()
             continue
         done += len(rows)
+    return size

@@ -15,19 +15,18 @@ import torch.distributed as dist
 
 from reasonrun.contracts import Engine
 from reasonrun.credit import advantages, cells, k1_penalties, row_weights
-from reasonrun.on_policy import Collected, Collector
+from reasonrun.on_policy import Collected, Collector, plan_problems
 from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem
-from reasonrun.trainers.batches import Indexes, plan_batches, share_of_rank
+from reasonrun.trainers.batches import Indexes, share_of_rank
 from reasonrun.trainers.live_weights import live_weights
 from reasonrun.trainers.objective import Computed, Fixed, Objective
 from reasonrun.trainers.passes import in_passes
 from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
 from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.trainers.token_nll import pad, token_nll
-from reasonrun.training import PolicyGradientSettings, experience_path
+from reasonrun.training import ON_POLICY_FILE, PolicyGradientSettings, experience_path
 
 Floats = npt.NDArray[np.float64]
-_STATE = "on_policy.json"
 
 
 class PolicyGradientObjective(Objective):
@@ -45,7 +44,7 @@ class PolicyGradientObjective(Objective):
         self.lengths: Indexes = np.empty(0, dtype=np.int64)
         self.steps_per_checkpoint = settings.num_iterations
         self._collector, self._engine, self._out_dir = collector, engine, out_dir
-        self._problems: list[Indexes] = []
+        self._problems: list[list[int]] = []
         self._statistics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._sampled_at = 0.0
@@ -53,14 +52,15 @@ class PolicyGradientObjective(Objective):
         self._model: Any = None
         self._importance: Floats | None = None
         self._warned = False
+        self._pass_size = settings.micro_batch_size  # 0 takes all at once
 
     # -- a job ---------------------------------------------------------------------------------------------------
 
     def plan(self, batch_size: int, num_steps: int, seed: int) -> Indexes:
         """The problems of every sampling: each is used once before any is used again. No row is known before it."""
         num_samplings = -(-num_steps // self.settings.num_iterations)
-        alike = np.zeros(len(self._collector.problems), dtype=np.int64)
-        self._problems = plan_batches(alike, self.settings.problems_per_sampling, num_samplings, seed)
+        num_problems = len(self._collector.problems)
+        self._problems = plan_problems(num_problems, self.settings.problems_per_sampling, num_samplings, seed)
         return np.empty(0, dtype=np.int64)
 
     def begin(self, fixed: Fixed) -> None:
@@ -68,10 +68,11 @@ class PolicyGradientObjective(Objective):
         self._load_reference = fixed.load_reference
         self._base_is_reference = fixed.start_is_reference and hasattr(fixed.start, "disable_adapter")
         if fixed.resume_from is not None:
-            self._collector.state = json.loads((fixed.resume_from / _STATE).read_text(encoding="utf-8"))
+            self._collector.state = json.loads((fixed.resume_from / ON_POLICY_FILE).read_text("utf-8"))["state"]
 
     def save(self, folder: Path) -> None:
-        (folder / _STATE).write_text(json.dumps(self._collector.state), encoding="utf-8")
+        kept = {"state": self._collector.state, "code": self._collector.code}
+        (folder / ON_POLICY_FILE).write_text(json.dumps(kept), encoding="utf-8")
 
     def close(self) -> None:
         self._collector.close()
@@ -81,7 +82,7 @@ class PolicyGradientObjective(Objective):
         return self.merged.sequences.names[row]
 
     def num_tokens(self, batch: Indexes) -> int:
-        return int(self.merged.sequences.num_learnt[batch].sum())
+        return int(self.merged.num_tokens_P[np.isin(self.merged.owner_P, batch)].sum())
 
     def step_statistics(self) -> dict[str, float]:
         return self._statistics
@@ -150,7 +151,8 @@ class PolicyGradientObjective(Objective):
         self._statistics = {**collected.statistics(), **self._mismatch(examples)}
         for attempt in np.unique(attempts).tolist():
             here = attempts == attempt
-            self._statistics[f"kl_{attempt}"] = float(log_ratios[here].mean())
+            if self._kl_coefs.any():
+                self._statistics[f"kl_{attempt}"] = float(log_ratios[here].mean())
             self._statistics[f"advantage_{attempt}"] = float(np.sqrt(np.mean(self._advantages[here] ** 2)))
         if not _rank():
             self._keep(collected, optimizer_step, log_ratios)
@@ -230,8 +232,9 @@ class PolicyGradientObjective(Objective):
                     i, learnt_BT[i, columns_K]
                 ]
 
-        size = self.settings.micro_batch_size or max(1, len(own))
-        in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
+        size = self._pass_size or max(1, len(own))
+        fitted = in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
+        self._pass_size = fitted if fitted < size else self._pass_size
         model.train(was_training)
         starts_P = sequences.offsets[self.merged.owner_P]
         logps_N: Floats = _summed(found, device)[np.repeat(starts_P, self.merged.num_tokens_P) + self.merged.places_N]
@@ -268,13 +271,16 @@ class PolicyGradientObjective(Objective):
     def _keep(self, collected: Collected, optimizer_step: int, log_ratios: Floats) -> None:
         """Leave the rollouts, and what was made of them, for the supervisor to commit."""
         place = {example.rollout_id: row for row, example in enumerate(collected.rows)}
-        with experience_path(self._out_dir, optimizer_step).open("w", encoding="utf-8") as file:
+        path = experience_path(self._out_dir, optimizer_step)
+        staged = path.with_suffix(".partial")  # the supervisor may be looking
+        with staged.open("w", encoding="utf-8") as file:
             for graded in collected.graded:
                 row = place.get(graded.rollout.id)
                 made = {} if row is None else self._made_of(collected.rows[row], row, log_ratios)
                 credit = Credit(optimizer_step=optimizer_step, **made)
                 kept = Experience(rollout=graded.rollout, score=graded.score, credit=credit)
                 file.write(kept.model_dump_json() + "\n")
+        staged.rename(path)
 
     def _made_of(self, example: PolicyGradientExample, row: int, log_ratios: Floats) -> dict[str, Any]:
         return {

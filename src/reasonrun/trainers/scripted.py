@@ -9,9 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from reasonrun.contracts import Engine, TrainEvents
-from reasonrun.on_policy import Collected, Collector
+from reasonrun.on_policy import Collected, Collector, plan_problems
 from reasonrun.records import Credit, Experience, digest
-from reasonrun.trainers.batches import plan_batches
 from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult, experience_path
 
 
@@ -56,16 +55,19 @@ class ScriptedTrainer:
         settings = PolicyGradientSettings.model_validate(job.settings)
         self._engine.load(job.start)
         collector = Collector(job, spec, self._engine, settings)
-        alike = np.zeros(len(collector.problems), dtype=np.int64)
-        plan = plan_batches(alike, settings.problems_per_sampling, job.num_steps, job.seed)
-        rewards, num_tokens = [], 0
-        for number, places in enumerate(plan, start=1):
-            collected = collector.reward(collector.collect(number, [collector.problems[place] for place in places]))
-            _keep(collected, number, Path(job.out_dir))
+        every, rewards, num_tokens = settings.num_iterations, [], 0
+        num_samplings = -(-job.num_steps // every)
+        plan = plan_problems(len(collector.problems), settings.problems_per_sampling, num_samplings, job.seed)
+        for step in range(1, job.num_steps + 1):
+            if (step - 1) % every == 0:
+                number = (step - 1) // every + 1
+                problems = [collector.problems[place] for place in plan[number - 1]]
+                collected = collector.reward(collector.collect(number, problems))
+                _keep(collected, step, Path(job.out_dir))
             statistics = collected.statistics()
             rewards.append(statistics["reward"])
             num_tokens += sum(len(segment.token_ids) for row in collected.rows for segment in row.segments)
-            events({"event": "log", "step": number, "loss": 0.0, **statistics})
+            events({"event": "log", "step": step, "loss": 0.0, **statistics})
         collector.close()
         return TrainResult(
             num_steps=job.num_steps,

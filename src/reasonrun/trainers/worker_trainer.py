@@ -38,6 +38,8 @@ class WorkerTrainer(ABC):
         if job.num_processes > 1 and not launch.is_rank():
             return launch.train_in_processes(f"{type(self).__module__}:{type(self).__qualname__}", job, events)
 
+        if launch.is_rank():
+            launch.take_device()  # before prepare, which may load an engine
         from reasonrun.trainers.execution import run_job
 
         settings, objective, left_out = self.prepare(job)

@@ -91,6 +91,7 @@ class Context:
     progress: Progress
     check_stop: Callable[[], None]
     code_changed: bool = False
+    accept_code: bool = False
     recipe_changes: list[str] = field(default_factory=list)  # semantic fields that differ from the run's own recipe
     planned: list[PlannedStep] | None = None
     max_problems: int | None = None  # in a rehearsal: the problems of a split that take part

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reasonrun.errors import RecipeError
+import reasonrun
+from reasonrun.errors import RecipeError, RunConflict
 from reasonrun.on_policy import part, plugin_part, write_records
 from reasonrun.records import digest
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Settings, semantic
-from reasonrun.training import OnPolicyJob
+from reasonrun.training import ON_POLICY_FILE, OnPolicyJob
 from reasonrun.verbs.context import Context
 
 
@@ -33,6 +37,29 @@ def described(ctx: Context, source: OnPolicy) -> dict[str, Any]:
     }
 
 
+def code_of(ctx: Context, source: OnPolicy) -> str:
+    """Digest of the code that makes the rows and learns from them: optimizer steps of one step must not be made half by one
+    code and half by another."""
+    package = Path(reasonrun.__file__).parent
+    paths = [package / name for name in ("credit.py", "on_policy.py", "asks.py", "rendering.py")]
+    paths += sorted((package / "trainers").glob("*.py"))
+    paths += [Path(inspect.getfile(thing)) for thing in (source.rollout, source.rewards, type(ctx.task))]
+    return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
+
+
+def refuse_changed_code(ctx: Context, name: str, source: OnPolicy, checkpoint: Path) -> None:
+    """Raises RunConflict when other code made the optimizer steps that this attempt would go on from."""
+    made_with = json.loads((checkpoint / ON_POLICY_FILE).read_text("utf-8"))["code"]
+    if made_with == code_of(ctx, source) or ctx.accept_code:
+        return
+    raise RunConflict(
+        f"step {name}: the code of the method, the task or the trainer changed while this step was under way; its"
+        " optimizer steps would be made half by one and half by the other",
+        hint="revert the code; or go on with --accept-code; or begin the step again with"
+        f" --redo {name}; or start a new run with --run NEW",
+    )
+
+
 def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:
     """What the worker needs; problems and given rollouts go into files."""
     problems, given = out_dir / "problems.jsonl", out_dir / "given.jsonl"
@@ -40,6 +67,7 @@ def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:
     if source.given is not None:
         write_records(given, source.given)
     return OnPolicyJob(
+        code=code_of(ctx, source),
         tokenizer=ctx.renderer.source,
         problems=str(problems),
         given="" if source.given is None else str(given),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reasonrun.errors import Finding, RecipeError, RunConflict
+from reasonrun.errors import Finding, RecipeError
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.models import weights_digest
 from reasonrun.randomness import derive_seed
@@ -18,7 +18,7 @@ from reasonrun.samples import ExampleSet, Extent, OnPolicy
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Context, PlannedStep
-from reasonrun.verbs.on_policy import described, on_policy_job
+from reasonrun.verbs.on_policy import described, on_policy_job, refuse_changed_code
 from reasonrun.verbs.training_log import TrainingLog
 
 _REHEARSED_STEPS = 2  # of an on-policy step; the plan scales what they took
@@ -179,8 +179,8 @@ def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Co
 
     def job() -> TrainJob:
         resume = step.latest_checkpoint()
-        if resume and request.on_policy is not None and ctx.code_changed:
-            raise _code_changed(request.name)
+        if resume and request.on_policy is not None:
+            refuse_changed_code(ctx, request.name, request.on_policy, resume[0])
         log.rewind(resume[1] if resume else 0)
         return _job(ctx, request, seed, out_dir, resume)
 
@@ -191,19 +191,10 @@ def _train(ctx: Context, request: TrainRequest, step: OpenStep, seed: int) -> Co
     return _seal(ctx, request, step, log, out_dir, outcome)
 
 
-def _code_changed(name: str) -> RunConflict:
-    return RunConflict(
-        f"step {name}: the code of the method, the task or the loops changed while this step was under way; its"
-        " optimizer steps would be made half by one and half by the other",
-        hint="revert the code; or go on with --accept-code; or begin the step again with"
-        f" --redo {name}; or start a new run with --run NEW",
-    )
-
-
 def _job(ctx: Context, request: TrainRequest, seed: int, out_dir: Path, resume: tuple[Path, int] | None) -> TrainJob:
     """The job from the last committed checkpoint on, with an empty folder to write into."""
     shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
     num_steps = request.num_steps
     if ctx.planned is not None and request.on_policy is not None:
         num_steps = min(num_steps, _REHEARSED_STEPS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.records import Credit, Experience, Rollout, Score
+from reasonrun.training import experience_path
 from reasonrun.verbs.context import Context
 
 _CHUNK = 256
@@ -44,7 +45,7 @@ class TrainingLog:
             reward = f", reward {event['reward']:.3f}" if "reward" in event else ""
             self._ctx.progress.advance(self._step.name, 1, note=f"loss {event['loss']:.4f}{reward}")
         elif event["event"] == "checkpoint":
-            self.commit()
+            self.commit(int(event["step"]))
             self._step.adopt_checkpoint(Path(event["path"]), int(event["step"]))
         elif event["event"] == "seconds":
             self.seconds.update(fields)
@@ -59,18 +60,21 @@ class TrainingLog:
         if self._on_policy:
             self._step.rewind(EXPERIENCE, lambda row: int(row["credit"]["optimizer_step"]) <= number)
 
-    def commit(self) -> None:
-        """Log what was reported so far."""
+    def commit(self, number: int | None = None) -> None:
+        """Log what was reported so far, and the rollouts up to optimizer step ``number``; the trainer may be past it."""
         if self._on_policy:
-            self._log_rollouts()
+            self._log_rollouts(number)
         wal = self._step.wal("curve")
         wal.append(self._waiting)
         wal.flush()
         self._waiting = []
 
-    def _log_rollouts(self) -> None:
+    def _log_rollouts(self, number: int | None) -> None:
         wal = self._step.wal(EXPERIENCE)
+        last = experience_path(self._out_dir, number) if number is not None else None
         for path in sorted(self._out_dir.glob("experience-*.jsonl")):
+            if last is not None and path > last:
+                break
             with path.open(encoding="utf-8") as lines:
                 while chunk := [json.loads(line) for line in islice(lines, _CHUNK)]:
                     wal.append(list(enumerate(chunk, start=len(wal))))
@@ -98,5 +102,6 @@ class TrainingLog:
                 scores.append(experience.score)
                 credit.append(experience.credit)
                 self.sampled["num_rollouts"] += 1
-                self.sampled["num_completion_tokens"] += len(experience.rollout.completion_ids)
+                if experience.rollout.logps is not None:  # not one that was given
+                    self.sampled["num_completion_tokens"] += len(experience.rollout.logps)
                 self.sampled["num_left_out"] += experience.credit.reward is None
