@@ -135,6 +135,8 @@ class SCoRe(Method):
         problems, policy = self.problems(lab), lab.base
         for stage in self.stages():
             policy = self.reinforce(lab, stage, problems, policy)
+            if stage.name.startswith("stage1"):
+                lab.nominate("after_stage1", policy)
         return policy
 
     def stages(self) -> Iterator[Stage]:
