@@ -72,8 +72,8 @@ def attempts(live: Live, problems: Sequence[Problem], settings: AttemptSettings)
     """First attempts, and each next one after the correction turn, whatever the verdict on the one before."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     again = [live.task.correction()] * (settings.num_attempts - 1) if settings.num_attempts > 1 else []
-    coin = live.rng("offline")
-    offline = [problem for problem in problems if coin.random() < settings.offline_share]
+    # Each problem has a coin of its own: processes that share the problems out must choose alike.
+    offline = [p for p in problems if live.rng(f"offline {p.id}").random() < settings.offline_share]
     online = [problem for problem in problems if problem not in offline]
     latest = live.sample(online, sampling=sampling, style=settings.style, turns=again)
     latest += [rollout for problem in offline for rollout in live.given(problem)[: live.group_size]]

@@ -89,9 +89,8 @@ def _train(
     objective.begin(
         Fixed(
             start=trainer.model,
-            # An adapter starts as zero.
-            start_is_reference=job.resume_from is None
-            and (job.reference is None or job.reference.weights == job.start.weights),
+            # An adapter starts as zero, and a checkpoint to resume from is read later.
+            start_is_reference=job.reference is None or job.reference.weights == job.start.weights,
             load_reference=lambda: _load_reference(job, settings, trainer),
             resume_from=Path(job.resume_from) if job.resume_from else None,
             rows=rows,
