@@ -93,6 +93,9 @@ def test_a_third_attempt_is_compared_with_the_second():
     rows = rewarded(chain(1.0, 0.0, 1.0), **every)
     assert [row.reward for row in rows.values()] == [1, -10, 11]
     assert [row.attempt for row in rows.values()] == [1, 2, 3]
+    # The bonus is part of a reward: an attempt that is only held to the reference gets neither.
+    held = rewarded(chain(1.0, 0.0, 1.0), **{**every, "rewarded": (3,)})
+    assert [row.reward for row in held.values()] == [0, 0, 11]
 
 
 def test_attempts_that_are_not_to_be_learnt_give_no_row_and_are_still_compared_with():
