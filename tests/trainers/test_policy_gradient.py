@@ -185,7 +185,7 @@ def test_one_optimizer_step_is_that_of_trl_on_the_same_rollouts(
         num_clear, num_weights = num_clear + int(clear.sum()), num_weights + clear.numel()
         moved = (weight.detach() - start[key])[clear].abs()
         assert moved.min() > 0.4 * LR, key  # a step in the other direction would be off by twice this
-    assert num_clear > 0.9 * num_weights
+    assert num_clear > 0.8 * num_weights
 
 
 # -- the engine's weights ------------------------------------------------------------------------------------------------
@@ -366,12 +366,14 @@ def grown(state: State, graded: Sequence[Graded], settings: TurnRewards) -> tupl
     return {"number": number}, [row.model_copy(update={"reward": row.reward * number}) for row in rows]
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.1}], ids=["full", "lora"])
-@pytest.mark.parametrize("named", [True, False], ids=["reference", "no-reference"])
-def test_a_resumed_job_ends_at_the_same_bytes(tmp_path: Path, lora: Any, named: bool) -> None:
-    """The same rollouts, rewards and weights, although another process sampled the first half."""
-    if lora is None and not named:
-        pytest.skip("without adapters a reference must be named")
+LORA = {"rank": 4, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("lora", "reference"), [(None, TINY), (LORA, TINY), (LORA, None)], ids=["full", "lora", "lora-without-reference"]
+)
+def test_a_resumed_job_ends_at_the_same_bytes(tmp_path: Path, lora: Any, reference: Checkpoint | None) -> None:
+    """The same rollouts, rewards and weights. Adapters without a named reference are held to what they were put on."""
 
     def job(out: str, **fields: Any) -> TrainJob:
         return make_job(
@@ -384,7 +386,7 @@ def test_a_resumed_job_ends_at_the_same_bytes(tmp_path: Path, lora: Any, named: 
             lora=lora,
             rewards={"kl_coefs": (0.05,)},
             reward_function=grown,
-            job={"reference": TINY if named else None, **fields},
+            job={"reference": reference, **fields},
         )
 
     whole, events, later = job("whole"), Events(), Events()
