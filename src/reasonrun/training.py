@@ -171,7 +171,7 @@ ON_POLICY_FILE = "on_policy.json"
 class OnPolicyJob(Record):
     """What a policy-gradient trainer needs to make its own rows while it trains."""
 
-    code: str  # digest of the code that makes rows and losses
+    code: str = ""  # digest of the code that makes rows and losses
 
     tokenizer: str  # model folder with tokenizer and template
     problems: str  # JSON-lines file of Problem
