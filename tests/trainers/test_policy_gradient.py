@@ -397,7 +397,9 @@ def test_a_resumed_job_ends_at_the_same_bytes(tmp_path: Path, lora: Any, referen
     assert later.of("log") == events.of("log")[2:]
     assert [experience(resumed, step) == experience(whole, step) for step in (3, 4)] == [True, True]
     assert sha256(final(resumed) / "model.safetensors") == sha256(final(whole) / "model.safetensors")
-    assert max(row.credit.reward or 0 for row in experience(whole, 4)) == 4  # what was remembered of the first half counts
+    assert (
+        max(row.credit.reward or 0 for row in experience(whole, 4)) == 4
+    )  # what was remembered of the first half counts
 
 
 @pytest.mark.slow
@@ -417,7 +419,9 @@ def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path) -> None:
         mine, theirs = experience(one, step), experience(two, step)
         assert [row.rollout.completion_ids for row in mine] == [row.rollout.completion_ids for row in theirs]
         assert [row.rollout.id for row in mine] == [row.rollout.id for row in theirs]
-        assert [row.credit.advantage for row in mine] == pytest.approx([row.credit.advantage for row in theirs], abs=1e-5)
+        assert [row.credit.advantage for row in mine] == pytest.approx(
+            [row.credit.advantage for row in theirs], abs=1e-5
+        )
     for mine, theirs in zip(alone.of("log"), both.of("log"), strict=True):
         # Padding differs, for each process pads its own rows.
         assert {**mine, "num_padded_tokens": 0} == pytest.approx({**theirs, "num_padded_tokens": 0}, abs=1e-4)
