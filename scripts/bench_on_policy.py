@@ -23,7 +23,7 @@ from typing import Any
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.models import resolve
-from reasonrun.on_policy import part, plugin_part, write_records
+from reasonrun.parts import part, plugin_part, write_records
 from reasonrun.recipe import load
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer

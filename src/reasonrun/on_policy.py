@@ -7,28 +7,27 @@ problem. They run where the weights are, in the training worker, and on the scri
 
 from __future__ import annotations
 
-import importlib
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, JsonValue
+from pydantic import JsonValue
 
 from reasonrun.asks import Ask, Asking, ask_in_style, ask_next_turn, require_room
 from reasonrun.contracts import Engine, Grader, Task
 from reasonrun.credit import cells, zero_variance_share
 from reasonrun.errors import Finding, RecipeError
 from reasonrun.generation import Completion
+from reasonrun.parts import load_part, read_records
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Graded, PolicyGradientExample, Problem, Record, Rollout, Sampling, digest
+from reasonrun.records import Graded, PolicyGradientExample, Problem, Rollout, Sampling, digest
 from reasonrun.rendering import Renderer
-from reasonrun.training import OnPolicyJob, Part, PolicyGradientSettings, TrainJob
+from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob
 
-R = TypeVar("R", bound=Record)
 State = dict[str, JsonValue]
 """What a method remembers of each problem, by problem id; committed with every checkpoint."""
 
@@ -302,56 +301,6 @@ def attempts_of(rollouts: Sequence[Rollout]) -> list[int]:
     for rollout in rollouts:
         by_id[rollout.id] = 1 + by_id.get(rollout.parent_id or "", 0)
     return [by_id[rollout.id] for rollout in rollouts]
-
-
-def part(thing: Callable[..., Any] | type, settings: BaseModel) -> Part:
-    """What lets another process find ``thing`` and its settings.
-
-    Raises:
-        RecipeError: it is a lambda, a closure or a bound method, which no other process can name.
-    """
-    name = getattr(thing, "__qualname__", "")
-    if not name or "<" in name or hasattr(thing, "__self__"):
-        raise RecipeError(
-            f"{thing!r} cannot be named across processes", hint="pass a function that stands at the top of a module"
-        )
-    return Part(
-        path=f"{thing.__module__}:{name}",
-        settings_path=f"{type(settings).__module__}:{type(settings).__qualname__}",
-        settings=settings.model_dump(mode="json"),
-    )
-
-
-def plugin_part(cls: type[Any], settings: BaseModel) -> Part:
-    """The same for a plug-in, whose settings may have got a field ``name`` that its own class does not declare."""
-    path = f"{cls.__module__}:{cls.__qualname__}"
-    own = {key: value for key, value in settings.model_dump(mode="json").items() if key in cls.Settings.model_fields}
-    return Part(path=path, settings_path=f"{path}.Settings", settings=own)
-
-
-def load_part(spec: Part) -> tuple[Any, Any]:
-    """The class or function, and its settings."""
-    return _find(spec.path), _find(spec.settings_path).model_validate(spec.settings)
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One JSON line each."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(record.model_dump_json() + "\n" for record in records)
-
-
-def read_records(path: Path, record_type: type[R]) -> list[R]:
-    """What ``write_records`` wrote, in order."""
-    with path.open(encoding="utf-8") as lines:
-        return [record_type.model_validate_json(line) for line in lines]
-
-
-def _find(path: str) -> Any:
-    module_name, _, name = path.partition(":")
-    found: Any = importlib.import_module(module_name)
-    for attribute in name.split("."):
-        found = getattr(found, attribute)
-    return found
 
 
 def _logged(completion: Completion) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sft_rows import Events
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.models import resolve
-from reasonrun.on_policy import part, plugin_part, read_records, write_records
+from reasonrun.parts import part, plugin_part, read_records, write_records
 from reasonrun.recipe_fields import ModelSettings
 from reasonrun.records import Checkpoint, Experience, Problem
 from reasonrun.tasks.arith import Arith

@@ -11,7 +11,8 @@ from reasonrun.errors import Finding, RecipeError, RunConflict
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.methods import score
-from reasonrun.on_policy import load_part, part, plan_problems
+from reasonrun.on_policy import plan_problems
+from reasonrun.parts import load_part, part
 from reasonrun.planning import Assumptions, compare, plan
 from reasonrun.recipe import load
 from reasonrun.records import Credit, Rollout, Score

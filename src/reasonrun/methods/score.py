@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from reasonrun.contracts import Method, Probe
 from reasonrun.correction import alarms, first_attempt_moved
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
+from reasonrun.curate.reinforcing import FilterSettings, LastStageSettings, StageSettings, reinforce, worthwhile
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Effect, setting
@@ -18,27 +21,6 @@ from reasonrun.training import PolicyGradientSettings
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
     from reasonrun.samples import ProblemSet, RolloutSet
-
-
-class StageSettings(SettingsBase):
-    """Length of one stage. Each round ends with a checkpoint that is evaluated and may be chosen."""
-
-    rounds: int = setting(1, Effect.SEMANTIC, "Rounds; the optimizer goes on from one to the next.", ge=1)
-    steps: int = setting(1500, Effect.SEMANTIC, "Optimizer steps of a round.", ge=1)
-
-
-class LastStageSettings(StageSettings):
-    """The same for the stage that a run ends with."""
-
-    rounds: int = setting(1, Effect.HORIZON, "Rounds; the optimizer goes on from one to the next.", ge=1)
-
-
-class FilterSettings(SettingsBase):
-    """Which problems are worth rollouts: where all attempts are right, or none, a group teaches nothing."""
-
-    num_samples: int = setting(0, Effect.SEMANTIC, "Solutions of the base per problem; 0 takes all problems.", ge=0)
-    min_rate: float = setting(0.1, Effect.SEMANTIC, "Smallest share of right ones.", ge=0, le=1)
-    max_rate: float = setting(0.9, Effect.SEMANTIC, "Largest share.", ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +92,14 @@ class SCoRe(Method):
             PolicyGradientSettings(lr=5e-6, max_length=4096), Effect.SEMANTIC, "Reinforcement learning of both stages."
         )
 
+        @model_validator(mode="after")
+        def _has_one_schedule(self) -> Self:
+            if self.rl.schedule != "constant" and max(self.stage1.rounds, self.stage2.rounds) > 1:
+                raise ValueError(
+                    f"rl.schedule {self.rl.schedule} would begin again in every round; take one round, or constant"
+                )
+            return self
+
     def needs(self) -> Mapping[str, str]:
         return {self.config.style: "style"}
 
@@ -119,8 +109,11 @@ class SCoRe(Method):
 
     def preflight(self) -> Probe:
         """Groups teach when right and wrong rollouts of one problem meet."""
-        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
-        return Probe(style=self.config.style, sampling=sampling, needs=frozenset({"right", "variance"}))
+        return Probe(style=self.config.style, sampling=self.sampling, needs=frozenset({"right", "variance"}))
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_new_tokens=self.config.max_new_tokens)
 
     def run(self, lab: Lab) -> Checkpoint:
         config = self.config
@@ -132,9 +125,11 @@ class SCoRe(Method):
             max_new_tokens=config.max_new_tokens,
             limit=config.rl.max_length,
         )
-        problems, policy = self.problems(lab), lab.base
+        problems = worthwhile(lab, config.filter, style=config.style, sampling=self.sampling)
+        policy = lab.base
         for stage in self.stages():
-            policy = self.reinforce(lab, stage, problems, policy)
+            source = self.source(lab, stage, problems)
+            policy = reinforce(lab, source, policy, name=stage.name, length=stage.length, settings=config.rl)
             if stage.name.startswith("stage1"):
                 lab.nominate("after_stage1", policy)
         return policy
@@ -167,43 +162,6 @@ class SCoRe(Method):
         rounds = max(n for n in range(1, total // second.steps + 1) if total % n == 0)
         return StageSettings(rounds=rounds, steps=total // rounds)
 
-    def problems(self, lab: Lab) -> ProblemSet:
-        """The training problems, or those that the base sometimes solves."""
-        problems, chosen = lab.problems("train"), self.config.filter
-        if not chosen.num_samples:
-            return problems
-        with lab.scope("filter"):
-            tried = lab.grade(self.sampled(lab, problems, chosen.num_samples, "sample"))
-        return tried.with_rate(chosen.min_rate, chosen.max_rate)
-
-    def sampled(self, lab: Lab, problems: ProblemSet, n: int, name: str) -> RolloutSet:
-        """First attempts of the base."""
-        sampling = Sampling(max_new_tokens=self.config.max_new_tokens)
-        return lab.sample(lab.base, problems, n=n, style=self.config.style, sampling=sampling, name=name)
-
-    def reinforce(self, lab: Lab, stage: Stage, problems: ProblemSet, policy: Checkpoint) -> Checkpoint:
-        """One stage; its rounds are candidates, the one with the highest training reward is tested beside the last."""
-        config, rounds = self.config, []
-        source = self.source(lab, stage, problems)
-        for number in range(1, stage.length.rounds + 1):
-            carry = number > 1 and config.rl.lora is None
-            no_warmup = {"warmup_steps": 0, "warmup_ratio": 0.0}
-            with lab.scope(f"{stage.name}-{number:03d}"):
-                lab.evaluate(policy)
-                policy = lab.train(
-                    "policy_gradient",
-                    source,
-                    start=policy,
-                    reference=lab.base,
-                    settings=config.rl.model_copy(update=no_warmup if carry else {}),
-                    num_steps=stage.length.steps,
-                    carry_optimizer=carry,
-                    keep_optimizer=config.rl.lora is None,
-                )
-            rounds.append(policy)
-        lab.nominate("by_training_reward", max(rounds, key=lambda made: lab.metrics(made)["mean_reward"]))
-        return policy
-
     def source(self, lab: Lab, stage: Stage, problems: ProblemSet) -> OnPolicy:
         """Attempts and their rewards."""
         config = self.config
@@ -219,8 +177,13 @@ class SCoRe(Method):
             ),
             rewards=turn_rewards,
             rewards_settings=stage.rewards,
-            given=self.sampled(lab, problems, config.rl.group_size, "offline") if offline else None,
+            given=self.offline(lab, problems) if offline else None,
         )
+
+    def offline(self, lab: Lab, problems: ProblemSet) -> RolloutSet:
+        """First attempts of the base, to go on from."""
+        n, style = self.config.rl.group_size, self.config.style
+        return lab.sample(lab.base, problems, n=n, style=style, sampling=self.sampling, name="offline")
 
     def findings(self, lab: Lab) -> list[str]:
         """Collapse, a first attempt that Stage I did not hold, answers that get worse or are cut; all on dev."""

@@ -32,7 +32,8 @@ class PolicyGradient(WorkerTrainer):
     def prepare(self, job: TrainJob) -> tuple[OptimizerSettings, Objective, dict[str, int]]:
         """As in WorkerTrainer. Raises RecipeError when the job does not say how rows are made, or names a reference with
         another tokenizer."""
-        from reasonrun.on_policy import Collector, load_part
+        from reasonrun.on_policy import Collector
+        from reasonrun.parts import load_part
         from reasonrun.trainers.policy_gradient_objective import PolicyGradientObjective
 
         if job.on_policy is None:

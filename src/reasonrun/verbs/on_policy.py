@@ -11,7 +11,7 @@ from typing import Any
 
 import reasonrun
 from reasonrun.errors import RecipeError, RunConflict
-from reasonrun.on_policy import part, plugin_part, write_records
+from reasonrun.parts import part, plugin_part, write_records
 from reasonrun.records import digest
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Settings, semantic
