@@ -214,7 +214,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_rank() -> None:
             return found
 
     def chosen(*given: Evaluation) -> str:
-        lab = Lab(evaluations=list(given), base=given[0].policy, is_rehearsal=False)
+        lab = Lab(evaluations=list(given), base=given[0].policy, is_rehearsal=False, nominees={})
         return str(conclude(lab, Checkpoint(path="p", weights="last", tokenizer="t", step="last"))["selected_by"])  # type: ignore[arg-type]
 
     high_first = evaluation(0.6, 0.9, step="high-first")
