@@ -128,12 +128,6 @@ class PolicyGradientSettings(OptimizerSettings):
     max_mismatch: float = setting(
         0.05, Effect.OPERATIONAL, "Mean |log-probability of trainer - of engine| above which the run says so.", gt=0
     )
-    candidate_every: int = setting(
-        0,
-        Effect.SEMANTIC,
-        "Optimizer steps between candidates, of which the best may be chosen; 0 keeps the last.",
-        ge=0,
-    )
     checkpoint_every: int = setting(25, Effect.OPERATIONAL, "Optimizer steps between durable checkpoints.", ge=1)
 
     @field_validator("kl", mode="before")

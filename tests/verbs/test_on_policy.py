@@ -93,6 +93,19 @@ def test_the_plan_counts_what_is_sampled_while_training(finished):
     assert trained.units.expected == 3 and 0 < trained.generated.expected < trained.tokens.expected
 
 
+def test_a_plan_of_large_batches_rehearses_few_problems_and_counts_all(finished):
+    small, large = (
+        plan(load("smoke_score", ["task.num_train=400", "preflight=off", size]), Assumptions(), SilentProgress())
+        for size in ("method.rl.batch_size=16", "method.rl.batch_size=320")
+    )
+    trained = [next(s for s in planned.steps if s.step == "stage1-001/train") for planned in (small, large)]
+    assert 15 < trained[1].generated.expected / trained[0].generated.expected < 25
+    short = plan(
+        load("smoke_score", ["task.num_train=20", "method.rl.batch_size=320"]), Assumptions(), SilentProgress()
+    )
+    assert short.finding and "80 of one sampling" in short.finding
+
+
 def test_a_plan_of_thousands_of_steps_rehearses_two(monkeypatch):
     planned = plan(load("smoke_score", [*SMALL, "method.stage1.steps=5000"]), Assumptions(), SilentProgress())
     (trained,) = [step for step in planned.steps if step.step == "stage1-001/train"]

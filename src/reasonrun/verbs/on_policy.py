@@ -15,7 +15,7 @@ from reasonrun.parts import part, plugin_part, write_records
 from reasonrun.records import digest
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Settings, semantic
-from reasonrun.training import ON_POLICY_FILE, OnPolicyJob
+from reasonrun.training import ON_POLICY_FILE, OnPolicyJob, OptimizerSettings, PolicyGradientSettings
 from reasonrun.verbs.context import Context
 
 
@@ -58,6 +58,14 @@ def refuse_changed_code(ctx: Context, name: str, source: OnPolicy, checkpoint: P
         hint="revert the code; or go on with --accept-code; or begin the step again with"
         f" --redo {name}; or start a new run with --run NEW",
     )
+
+
+def rehearsed(settings: OptimizerSettings, source: OnPolicy) -> OptimizerSettings:
+    """The settings with no more rollouts than the problems of a rehearsal allow; too few in the real run are left to say so."""
+    assert isinstance(settings, PolicyGradientSettings)
+    enough = source.problems.extent.worst >= settings.problems_per_sampling
+    num_problems = min(settings.problems_per_sampling, len(source.problems))
+    return settings.model_copy(update={"batch_size": num_problems * settings.group_size}) if enough else settings
 
 
 def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:

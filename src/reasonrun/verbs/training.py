@@ -18,7 +18,7 @@ from reasonrun.samples import ExampleSet, Extent, OnPolicy
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Context, PlannedStep
-from reasonrun.verbs.on_policy import described, on_policy_job, refuse_changed_code
+from reasonrun.verbs.on_policy import described, on_policy_job, refuse_changed_code, rehearsed
 from reasonrun.verbs.training_log import TrainingLog
 
 _REHEARSED_STEPS = 2  # of an on-policy step; the plan scales what they took
@@ -156,7 +156,10 @@ def _plan(ctx: Context, request: TrainRequest, step: Committed) -> None:
         share = mean * request.settings.batch_size / len(request.rows)
         tokens = tokens.plus(request.planned_steps.times(share))
     if request.on_policy is not None:  # what the rehearsal's few steps took
-        share = request.planned_steps.expected / step.result["num_steps"]
+        smaller = rehearsed(request.settings, request.on_policy)
+        share = (
+            request.planned_steps.expected / step.result["num_steps"] * request.settings.batch_size / smaller.batch_size
+        )
         tokens = Extent.of(round(step.result["num_padded_tokens"] * share))
         generated = Extent.of(round(step.result["num_completion_tokens"] * share))
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
@@ -195,16 +198,16 @@ def _job(ctx: Context, request: TrainRequest, seed: int, out_dir: Path, resume: 
     """The job from the last committed checkpoint on, with an empty folder to write into."""
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True, exist_ok=True)
-    num_steps = request.num_steps
+    num_steps, settings = request.num_steps, request.settings
     if ctx.planned is not None and request.on_policy is not None:
-        num_steps = min(num_steps, _REHEARSED_STEPS)
+        num_steps, settings = min(num_steps, _REHEARSED_STEPS), rehearsed(settings, request.on_policy)
     return TrainJob(
         kind=request.kind,
         rows=tuple(path for rows in request.rows for path in rows.paths),
         start=request.start,
         reference=request.reference,
         carry_optimizer=request.carry_optimizer,
-        settings=request.settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
         num_steps=num_steps,
         seed=seed,
         out_dir=str(out_dir),
