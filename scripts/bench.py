@@ -89,6 +89,7 @@ MEASURES = {
     "P5": start_up,
     "P6": lambda: growth([1_000, 10_000, 100_000, 1_000_000]),
     "P7": lambda: script("bench_grading.py"),
+    "on-policy": lambda: script("bench_on_policy.py"),
     "P9": lambda: script("bench_overhead.py", "resume"),
 }
 

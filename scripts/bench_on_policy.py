@@ -7,6 +7,11 @@ the CPU cannot do (bfloat16) and the batch; because its default of gradient chec
 without it too. Accuracies are of the rollouts of the measured steps, at a learning rate that hardly moves the policy.
 
     python scripts/bench_on_policy.py [--num-steps 6] [--repeats 3]
+    python scripts/bench_on_policy.py --run runs/score_arith
+
+The second form reads a finished run: seconds per optimizer step of its on-policy training steps, by part, and the share of
+their wall time (model load, checkpoints and the supervisor's log included) in which nothing is generated, graded, scored or
+updated.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
 from reasonrun.engines.hf import HuggingFace
+from reasonrun.ledger.catalogue import read_lines
 from reasonrun.models import resolve
 from reasonrun.parts import part, plugin_part, write_records
 from reasonrun.recipe import load
@@ -148,11 +154,33 @@ def _value(grader: Any, problem: Problem, text: str) -> float:
     return float(grader.grade(problem, text, truncated=False).value or 0.0)
 
 
+def of_run(run: Path) -> dict[str, Any]:
+    """Seconds per optimizer step by part, and the share of overhead, of a finished run's on-policy training steps."""
+    notes = [note for path in sorted(run.glob("attempts/*/notes.jsonl")) for note in read_lines(path)]
+    parts: Counter[str] = Counter()
+    for note in notes:
+        parts.update(note.get("parts", {}))
+    steps = {note["step"] for note in notes if "parts" in note}
+    wall = sum(note["seconds"] for note in notes if note.get("verb") == "train" and note["step"] in steps)
+    num_steps = sum(row["num_steps"] for row in read_lines(run / "metrics.jsonl") if row["step"] in steps)
+    kernels = sum(parts[part] for part in ("generate", "grade", "score", "update"))
+    return {
+        "optimizer_steps": num_steps,
+        "seconds_per_step": wall / num_steps,
+        "parts": {part: seconds / num_steps for part, seconds in sorted(parts.items())},
+        "overhead_share": 1 - kernels / wall,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--run", type=Path, help="a finished run to read instead")
     arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(of_run(arguments.run)))
+        return
     model = resolve(load("star_arith").model)
     task = Arith(Arith.Settings())
     variants: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trl_without_checkpointing": []}
@@ -166,13 +194,11 @@ def main() -> None:
             )
     seconds = {name: statistics.median(one["seconds"] for one in runs) for name, runs in variants.items()}
     median = sorted(variants["ours"], key=lambda one: one["seconds"])[arguments.repeats // 2]
-    kernels = sum(median["parts"][part] for part in ("generate", "grade", "score", "update"))
     line = {
         "seconds_per_step": seconds,
         "ratio": seconds["trl"] / seconds["ours"],
         "ratio_without_checkpointing": seconds["trl_without_checkpointing"] / seconds["ours"],
         "parts": median["parts"],
-        "overhead_share": 1 - kernels / median["seconds"],
         "accuracy": {name: statistics.fmean(one["accuracy"] for one in runs) for name, runs in variants.items()},
     }
     print(json.dumps(line))
