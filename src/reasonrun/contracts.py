@@ -76,6 +76,9 @@ class Method(ABC):
         """Roles of the models that these settings ask for, each with the setting that does."""
         return {}
 
+    def before(self, lab: Lab) -> None:  # noqa: B027 - most methods have nothing to refuse
+        """Refuse what these settings cannot do with these problems, before the preflight or anything else is sampled."""
+
     @abstractmethod
     def run(self, lab: Lab) -> Checkpoint:
         """The method. Branches only on committed results and ``lab.rng``; returns the last policy."""

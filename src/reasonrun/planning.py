@@ -142,6 +142,7 @@ def plan(recipe: ResolvedRecipe, assumptions: Assumptions, progress: Progress) -
         lab = Lab(context)
         method = recipe.classes["method"](recipe.method)
         try:
+            method.before(lab)
             preflight(lab, method, "off" if recipe.preflight == "off" else "report")  # what is assumed refuses nothing
             conclude(lab, method.run(lab))
         except Finding as stop:

@@ -149,6 +149,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     lab = Lab(context)
     method = recipe.classes["method"](recipe.method)
     try:
+        method.before(lab)
         preflight(lab, method, recipe.preflight)
         last = method.run(lab)
         result = conclude(lab, last) if method.trains else measured(lab)

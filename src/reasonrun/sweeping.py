@@ -204,12 +204,14 @@ def _described(ending: Ending) -> str:
     if ending.exit_code:
         kind = "finding" if ending.exit_code == Finding.exit_code else f"failed (exit {ending.exit_code})"
         return f"{kind}: {ending.message}"
-    return "finished before" if ending.already_finished else "done"
+    said = [f"; finding: {finding}" for finding in (ending.result or {}).get("findings", ())]
+    return ("finished before" if ending.already_finished else "done") + "".join(said)
 
 
 def sweep_exit_code(summaries: Sequence[Mapping[str, Any]]) -> int:
-    """0 when every run is done; 1 when one failed; else 5, for findings."""
+    """0 when every run is done and none has a finding; 1 when one failed; else 5, as of a single run."""
     codes = {summary["exit_code"] for summary in summaries}
+    codes |= {Finding.exit_code for summary in summaries if summary.get("findings")}
     if codes <= {0}:
         return 0
     return Finding.exit_code if codes <= {0, Finding.exit_code} else 1

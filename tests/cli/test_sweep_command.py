@@ -52,6 +52,6 @@ def test_the_command_ends_with_5_after_a_finding_and_with_2_before_anything_for_
     arms = ["smoke_star", *SMALL, *NEVER_RIGHT, "--out", "mine"]
     code, out, err = finish(start(tmp_path, *arms, "engine.accuracy=0,0.4", "--markdown"))
     assert code == 5 and "finding: " in err
-    assert "| smoke_star engine.accuracy=0 | 0, 1 finding |" in out
+    assert "| smoke_star engine.accuracy=0 | 0, 1 ended in a finding |" in out
     code, _, err = finish(start(tmp_path, "--table"))
     assert code == 2 and "no recipe is named" in err

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
-from reasonrun.errors import RecipeError
+from reasonrun.errors import Finding, RecipeError
 from reasonrun.methods.score import SCoRe
 from reasonrun.recipe import RecipeProblems, load
 from reasonrun.records import Rollout, SFTExample
@@ -98,6 +98,7 @@ def test_a_policy_that_repeats_itself_ends_with_a_finding_and_says_so_again(tmp_
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 5
         assert "finding: second attempts repeat the first: 0.0%" in result.output
+    assert "finding: second attempts" in CliRunner().invoke(app, ["status", str(tmp_path / "run")]).output
     as_json = CliRunner().invoke(app, [*command, "--json"])
     assert as_json.exit_code == 5
     assert json.loads(as_json.stdout)["result"]["findings"]
@@ -119,13 +120,19 @@ def test_an_evaluation_with_fewer_attempts_than_the_method_s_is_refused():
 def test_a_conversation_that_may_not_fit_is_refused_before_anything_is_sampled(tmp_path):
     with pytest.raises(RecipeError, match="2 turns may need"):
         execute(tmp_path / "run", "smoke_score", "method.max_new_tokens=220")
-    assert not (tmp_path / "run/steps/stage1-001").exists()
+    with pytest.raises(RecipeError, match="2 turns may need"):
+        execute(tmp_path / "sft", "smoke_correction_sft", "method.max_new_tokens=500")
+    with pytest.raises(Finding, match="fewer than the 24"):
+        execute(tmp_path / "few", "smoke_score", "method.rl.batch_size=96")
+    for run_ in ("run", "sft", "few"):
+        assert [path.name for path in (tmp_path / run_ / "steps").iterdir()] == ["problems"]
 
 
-def test_more_rounds_of_stage_two_go_on_from_a_finished_run(tmp_path):
-    first = execute(tmp_path / "run")
-    more = execute(tmp_path / "run", "smoke_score", "method.stage2.rounds=3")
-    assert more.result["last"]["step"] == "stage2-003/train"
+@pytest.mark.parametrize(("arm", "last"), [("score", "stage2-003"), ("no_stage1", "stage2-009")])
+def test_more_rounds_of_the_last_stage_go_on_from_a_finished_run(arm, last, tmp_path):
+    first = execute(tmp_path / "run", "smoke_score", f"method.arm={arm}")
+    more = execute(tmp_path / "run", "smoke_score", f"method.arm={arm}", "method.stage2.rounds=3")
+    assert more.result["last"]["step"] == f"{last}/train"
     trained = {row["step"]: row for row in more.rows if row["verb"] == "train"}
     assert all(trained[row["step"]] == row for row in first.rows if row["verb"] == "train")
 

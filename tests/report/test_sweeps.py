@@ -105,8 +105,8 @@ def test_findings_and_failures_are_counted_and_leave_an_arm_without_numbers():
     ]
     table = sweep_table(runs)
     lines = format_text(table)
-    assert lines[1].startswith("a    1, 1 finding  ")
-    assert "0, 1 finding, 2 failed" in lines[2] and lines[2].split()[-1] == "-"
+    assert lines[1].startswith("a    1, 1 ended in a finding  ")
+    assert "0, 1 ended in a finding, 2 failed" in lines[2] and lines[2].split()[-1] == "-"
     assert table.comparisons == ()
 
 

@@ -106,6 +106,22 @@ def test_a_plan_of_large_batches_rehearses_few_problems_and_counts_all(finished)
     assert short.finding and "80 of one sampling" in short.finding
 
 
+def test_a_plan_knows_that_several_steps_learn_from_one_sampling(finished):
+    once, twice = (
+        next(
+            s
+            for s in plan(
+                load("smoke_score", [*SMALL, "method.stage1.steps=8", every]), Assumptions(), SilentProgress()
+            ).steps
+            if s.step == "stage1-001/train"
+        )
+        for every in ("method.rl.num_iterations=1", "method.rl.num_iterations=4")
+    )
+    assert 3.5 < once.generated.expected / twice.generated.expected < 4.5
+    assert 0.9 < once.tokens.expected / twice.tokens.expected < 1.1
+    assert once.generated.worst > once.generated.expected
+
+
 def test_a_plan_of_thousands_of_steps_rehearses_two(monkeypatch):
     planned = plan(load("smoke_score", [*SMALL, "method.stage1.steps=5000"]), Assumptions(), SilentProgress())
     (trained,) = [step for step in planned.steps if step.step == "stage1-001/train"]

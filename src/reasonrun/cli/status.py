@@ -55,4 +55,5 @@ def describe(run: Path, state: dict[str, Any]) -> list[str]:
     lines += format_table(round_table(state["steps"], state["seconds"]))
     if state["result"] and "test" in state["result"]:
         lines += ["", *format_result(state["result"])]
+        lines += [f"finding: {finding}" for finding in state["result"].get("findings", ())]
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import model_validator
 
@@ -25,6 +25,9 @@ from reasonrun.records import (
     SFTExample,
 )
 from reasonrun.settings import Effect, Settings, setting
+
+if TYPE_CHECKING:
+    from reasonrun.lab import Lab
 
 
 class AttemptSettings(Settings):
@@ -65,6 +68,12 @@ class TurnRewards(Settings):
         if not self.kl_coefs or min(self.kl_coefs) < 0:
             raise ValueError("kl_coefs needs a coefficient for each attempt, none below 0")
         return self
+
+
+def require_room(lab: Lab, num_attempts: int, *, style: str, max_new_tokens: int, limit: int) -> None:
+    """Refuse, before anything is sampled, training problems whose attempts may not fit into ``limit`` or the context."""
+    again = [lab.task.correction()] * (num_attempts - 1)
+    lab.require_room(lab.problems("train"), style=style, turns=again, max_new_tokens=max_new_tokens, limit=limit)
 
 
 @versioned(1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
-from reasonrun.curate.attempts import paired_rows, trace_rows
+from reasonrun.curate.attempts import paired_rows, require_room, trace_rows
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -54,6 +54,11 @@ class CorrectionSFT(Method):
 
     def preflight(self) -> Probe:
         return Probe(style=self.config.style, sampling=self.sampling, needs=frozenset({"right"}))
+
+    def before(self, lab: Lab) -> None:
+        config = self.config
+        limit = config.sft.max_length
+        require_room(lab, 2, style=config.style, max_new_tokens=config.max_new_tokens, limit=limit)
 
     def run(self, lab: Lab) -> Checkpoint:
         policy = lab.base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -10,8 +11,9 @@ from pydantic import model_validator
 
 from reasonrun.contracts import Method, Probe
 from reasonrun.correction import alarms, first_attempt_moved
-from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
+from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, require_room, turn_rewards
 from reasonrun.curate.reinforcing import FilterSettings, LastStageSettings, StageSettings, reinforce, worthwhile
+from reasonrun.on_policy import plan_problems
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.samples import OnPolicy
 from reasonrun.settings import Effect, setting
@@ -115,16 +117,19 @@ class SCoRe(Method):
     def sampling(self) -> Sampling:
         return Sampling(max_new_tokens=self.config.max_new_tokens)
 
-    def run(self, lab: Lab) -> Checkpoint:
+    def before(self, lab: Lab) -> None:
         config = self.config
-        again = [lab.task.correction()] * (config.num_attempts - 1)
-        lab.require_room(
-            lab.problems("train"),
+        require_room(
+            lab,
+            config.num_attempts,
             style=config.style,
-            turns=again,
             max_new_tokens=config.max_new_tokens,
             limit=config.rl.max_length,
         )
+        plan_problems(round(lab.problems("train").extent.worst), config.rl.problems_per_sampling, 1, 0)
+
+    def run(self, lab: Lab) -> Checkpoint:
+        config = self.config
         problems = worthwhile(lab, config.filter, style=config.style, sampling=self.sampling)
         policy = lab.base
         for stage in self.stages():
@@ -156,11 +161,11 @@ class SCoRe(Method):
 
     @property
     def all_steps(self) -> StageSettings:
-        """One stage with the steps of both, in rounds as long as those of Stage II as far as they go."""
+        """One stage with the steps of both. Its rounds keep their length when Stage II gets more of them."""
         first, second = self.config.stage1, self.config.stage2
         total = first.rounds * first.steps * (self.config.num_attempts - 1) + second.rounds * second.steps
-        rounds = max(n for n in range(1, total // second.steps + 1) if total % n == 0)
-        return StageSettings(rounds=rounds, steps=total // rounds)
+        steps = math.gcd(first.steps, second.steps)
+        return StageSettings(rounds=total // steps, steps=steps)
 
     def source(self, lab: Lab, stage: Stage, problems: ProblemSet) -> OnPolicy:
         """Attempts and their rewards."""

@@ -217,7 +217,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[RecipeDifference]:
 def cost(run: RunRecord) -> Cost:
     """What the committed steps of a run took."""
     evaluations = {step.name for step in run.sample_steps() if step.is_evaluation}
-    tokens = {row["step"]: row["num_completion_tokens"] for row in run.rows if row["verb"] == "sample"}
+    tokens = {row["step"]: row["num_completion_tokens"] for row in run.rows if "num_completion_tokens" in row}
     trainings: Sequence[Mapping[str, Any]] = [row for row in run.rows if row["verb"] == "train"]
     seconds, listed = seconds_by_step(attempt_notes(run.path)), {row["step"] for row in run.rows}
     return Cost(

@@ -139,7 +139,7 @@ def _interval(score: tuple[float, float, float] | None) -> str:
 def format_result(result: dict[str, Any]) -> list[str]:
     """Before and after on the test split, one line per part; with several attempts the last one and its delta, too."""
     lines: list[tuple[str, list[str]]] = []
-    order = ("base", "last", "best", *result.get("nominees", ()))  # stored results are sorted by key
+    order = ("base", "last", "best", *sorted(result.get("nominees", ())))  # stored results are sorted by key
     test = {name.replace("_", " "): result["test"][name] for name in order}
     for part in ("greedy", "sampled"):
         if part not in test["base"]:

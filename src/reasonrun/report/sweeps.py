@@ -235,7 +235,7 @@ def _parts(table: SweepTable) -> list[str]:
 
 
 def _cells(arm: Arm, table: SweepTable) -> list[str]:
-    ended = [(arm.num_alarms, "with findings"), (arm.num_findings, "finding"), (arm.num_failed, "failed")]
+    ended = [(arm.num_alarms, "with findings"), (arm.num_findings, "ended in a finding"), (arm.num_failed, "failed")]
     counts = [str(len(arm.seeds)), *(f"{count} {what}" for count, what in ended if count)]
     cells = [arm.name, ", ".join(counts)]
     for scores in (arm.scores[part] for part in _parts(table)):

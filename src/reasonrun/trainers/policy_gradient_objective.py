@@ -94,11 +94,7 @@ class PolicyGradientObjective(Objective):
 
     def totals(self, history: Sequence[Mapping[str, float]], batch_size: int) -> dict[str, float]:
         """``mean_reward`` is over all steps: what a checkpoint can be chosen by."""
-        num_samplings = -(-len(history) // self.settings.num_iterations)
-        return {
-            "num_rollouts": num_samplings * self.settings.batch_size,
-            "mean_reward": float(np.mean([line["reward"] for line in history])),
-        }
+        return {"mean_reward": float(np.mean([line["reward"] for line in history]))}
 
     # -- an optimizer step ---------------------------------------------------------------------------------------
 

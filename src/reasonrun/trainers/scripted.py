@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from reasonrun.contracts import Engine, TrainEvents
 from reasonrun.on_policy import Collected, Collector, plan_problems
 from reasonrun.records import Credit, Experience, digest
+from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult, experience_path
 
 
@@ -66,7 +67,7 @@ class ScriptedTrainer:
                 _keep(collected, step, Path(job.out_dir))
             statistics = collected.statistics()
             rewards.append(statistics["reward"])
-            num_tokens += sum(len(segment.token_ids) for row in collected.rows for segment in row.segments)
+            num_tokens += int(merge(collected.rows).sequences.lengths.sum())
             events({"event": "log", "step": step, "loss": 0.0, **statistics})
         collector.close()
         return TrainResult(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import reasonrun
 from reasonrun.errors import RecipeError, RunConflict
 from reasonrun.parts import part, plugin_part, write_records
 from reasonrun.records import digest
-from reasonrun.samples import OnPolicy
+from reasonrun.samples import Extent, OnPolicy
 from reasonrun.settings import Settings, semantic
 from reasonrun.training import ON_POLICY_FILE, OnPolicyJob, OptimizerSettings, PolicyGradientSettings
 from reasonrun.verbs.context import Context
@@ -41,8 +41,8 @@ def code_of(ctx: Context, source: OnPolicy) -> str:
     """Digest of the code that makes the rows and learns from them: optimizer steps of one step must not be made half by one
     code and half by another."""
     package = Path(reasonrun.__file__).parent
-    paths = [package / name for name in ("credit.py", "on_policy.py", "asks.py", "rendering.py")]
-    paths += sorted((package / "trainers").glob("*.py"))
+    paths = [package / name for name in ("credit.py", "on_policy.py", "asks.py", "rendering.py", "randomness.py")]
+    paths += [path for folder in ("trainers", "engines", "grading") for path in sorted((package / folder).glob("*.py"))]
     paths += [Path(inspect.getfile(thing)) for thing in (source.rollout, source.rewards, type(ctx.task))]
     return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
 
@@ -66,6 +66,24 @@ def rehearsed(settings: OptimizerSettings, source: OnPolicy) -> OptimizerSetting
     enough = source.problems.extent.worst >= settings.problems_per_sampling
     num_problems = min(settings.problems_per_sampling, len(source.problems))
     return settings.model_copy(update={"batch_size": num_problems * settings.group_size}) if enough else settings
+
+
+def rehearsed_tokens(
+    settings: OptimizerSettings, source: OnPolicy, num_steps: int, result: Mapping[str, Any]
+) -> tuple[Extent, Extent]:
+    """Trained and generated tokens of the real step, from what the few steps of a rehearsal took."""
+    assert isinstance(settings, PolicyGradientSettings)
+    larger = settings.batch_size / rehearsed(settings, source).batch_size
+    every = settings.num_iterations
+    samplings = -(-num_steps // every) / -(-result["num_steps"] // every) * larger
+    trained = result["num_padded_tokens"] * num_steps / result["num_steps"] * larger
+    longest = getattr(source.rollout_settings, "max_new_tokens", 0) * result["num_rollouts"]
+    most = max(longest, result["num_completion_tokens"]) / max(1, result["num_completion_tokens"])
+    generated = result["num_completion_tokens"] * samplings
+    return (
+        Extent(expected=trained, worst=trained * most, exact=False),
+        Extent(expected=generated, worst=generated * most, exact=False),
+    )
 
 
 def on_policy_job(ctx: Context, source: OnPolicy, out_dir: Path) -> OnPolicyJob:

@@ -18,7 +18,7 @@ from reasonrun.samples import ExampleSet, Extent, OnPolicy
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Context, PlannedStep
-from reasonrun.verbs.on_policy import described, on_policy_job, refuse_changed_code, rehearsed
+from reasonrun.verbs.on_policy import described, on_policy_job, refuse_changed_code, rehearsed, rehearsed_tokens
 from reasonrun.verbs.training_log import TrainingLog
 
 _REHEARSED_STEPS = 2  # of an on-policy step; the plan scales what they took
@@ -155,13 +155,8 @@ def _plan(ctx: Context, request: TrainRequest, step: Committed) -> None:
         mean = num_tokens / max(1, len(rows))
         share = mean * request.settings.batch_size / len(request.rows)
         tokens = tokens.plus(request.planned_steps.times(share))
-    if request.on_policy is not None:  # what the rehearsal's few steps took
-        smaller = rehearsed(request.settings, request.on_policy)
-        share = (
-            request.planned_steps.expected / step.result["num_steps"] * request.settings.batch_size / smaller.batch_size
-        )
-        tokens = Extent.of(round(step.result["num_padded_tokens"] * share))
-        generated = Extent.of(round(step.result["num_completion_tokens"] * share))
+    if request.on_policy is not None:
+        tokens, generated = rehearsed_tokens(request.settings, request.on_policy, request.given_steps, step.result)
     size = sum(path.stat().st_size for path in Path(ctx.base.path).iterdir() if path.is_file())
     ctx.planned.append(
         PlannedStep(
