@@ -27,6 +27,15 @@ COLUMNS = (
     ("edit ratio", "edit_ratio"),
 )
 PARTS = ("greedy", "sampled")
+ORDER = (
+    "score_arith",
+    "score_arith_no_stage1",
+    "score_arith_no_bonus",
+    "score_arith_naive_two_turn",
+    "score_arith_single_turn",
+    "score_arith_star_traces",
+    "score_arith_pair_sft",
+)
 
 
 def tables_of(summary: dict[str, Any], which: str, part: str) -> dict[str, Any]:
@@ -44,10 +53,7 @@ def print_table(arms: dict[str, list[dict[str, Any]]], part: str) -> None:
     print(f"|{'---|' * (len(COLUMNS) + 2)}")
     rows = [("base", next(iter(arms.values()))[:1], "base")]
     rows += [(name, runs, "last") for name, runs in arms.items()]
-    for name, runs in arms.items():
-        done = [run for run in runs if "after_stage1" in run["test"]]
-        if done and name == "score_arith":
-            rows.insert(2, ("score_arith, after Stage I", done, "after_stage1"))
+    rows.insert(1, ("score_arith, after Stage I", arms["score_arith"], "after_stage1"))
     for name, runs, which in rows:
         cells = [cell([tables_of(run, which, part)[key] for run in runs], key == "delta") for _, key in COLUMNS]
         print(f"| {name} | {len(runs) if which != 'base' else '-'} | {' | '.join(cells)} |")
@@ -95,7 +101,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     arms: dict[str, list[dict[str, Any]]] = {}
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "summaries").glob("*.json"))]
-    for summary in sorted(summaries, key=lambda one: (one["position"], one["seed"])):
+    for summary in sorted(summaries, key=lambda one: (ORDER.index(one["recipe"]), one["seed"])):
         if summary["exit_code"] == 0:
             arms.setdefault(summary["recipe"], []).append(summary)
     for part in PARTS:

@@ -93,6 +93,11 @@ def test_problems_that_the_base_never_or_always_solves_can_be_left_out(tmp_path)
 
 def test_a_policy_that_repeats_itself_ends_with_a_finding_and_says_so_again(tmp_path):
     certain = ["engine.accuracy=1", "engine.spread=0", "engine.truncated=0", "engine.unanswered=0"]
+    imitating = ["train", "smoke_correction_sft", *SMALL[:-1], *certain, "method.keep_right=true"]
+    assert (
+        "finding: second attempts repeat"
+        in CliRunner().invoke(app, [*imitating, "--run", str(tmp_path / "sft")]).output
+    )
     command = ["train", "smoke_score", *SMALL, *certain, "--run", str(tmp_path / "run")]
     for _ in range(2):
         result = CliRunner().invoke(app, command)

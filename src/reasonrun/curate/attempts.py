@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import model_validator
 
 from reasonrun.contracts import versioned
+from reasonrun.correction import alarms, first_attempt_moved
 from reasonrun.curate.filtering import why_not
 from reasonrun.curate.group import Group, curation
 from reasonrun.on_policy import Live, State, attempts_of
@@ -74,6 +75,21 @@ def require_room(lab: Lab, num_attempts: int, *, style: str, max_new_tokens: int
     """Refuse, before anything is sampled, training problems whose attempts may not fit into ``limit`` or the context."""
     again = [lab.task.correction()] * (num_attempts - 1)
     lab.require_room(lab.problems("train"), style=style, turns=again, max_new_tokens=max_new_tokens, limit=limit)
+
+
+def correction_findings(lab: Lab, *, held_until: str = "") -> list[str]:
+    """What a person should know of how a run's policies correct themselves on dev, against the base.
+
+    Args:
+        lab: of the finished run.
+        held_until: beginning of the name of the first evaluation after a stage that held first attempts; empty for none.
+    """
+    seen = [(e.step, e.overall) for e in lab.evaluations if e.split == "dev" and e.overall]
+    if not seen:
+        return []
+    base, last = seen[0][1], seen[-1][1]
+    held = [table for step, table in seen if held_until and step.startswith(held_until)]
+    return [*(line for table in held for line in first_attempt_moved(base, table)), *alarms(base, last)]
 
 
 @versioned(1)

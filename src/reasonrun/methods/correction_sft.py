@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
-from reasonrun.curate.attempts import paired_rows, require_room, trace_rows
+from reasonrun.curate.attempts import correction_findings, paired_rows, require_room, trace_rows
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -79,6 +79,9 @@ class CorrectionSFT(Method):
             return lab.curate(paired_rows, graded, said=said, keep_right=config.keep_right, seed=lab.seed)
         second = lab.sample(policy, first, n=1, turn=said, sampling=self.sampling, name="sample-turn-2")
         return lab.curate(trace_rows, graded, lab.grade(second, name="grade-turn-2"), keep_right=config.keep_right)
+
+    def findings(self, lab: Lab) -> list[str]:
+        return correction_findings(lab)
 
     @property
     def sampling(self) -> Sampling:

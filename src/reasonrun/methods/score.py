@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from reasonrun.contracts import Method, Probe
-from reasonrun.correction import alarms, first_attempt_moved
-from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, require_room, turn_rewards
+from reasonrun.curate.attempts import (
+    AttemptSettings,
+    TurnRewards,
+    attempts,
+    correction_findings,
+    require_room,
+    turn_rewards,
+)
 from reasonrun.curate.reinforcing import FilterSettings, LastStageSettings, StageSettings, reinforce, worthwhile
 from reasonrun.on_policy import plan_problems
 from reasonrun.records import Checkpoint, Sampling
@@ -192,9 +198,4 @@ class SCoRe(Method):
 
     def findings(self, lab: Lab) -> list[str]:
         """Collapse, a first attempt that Stage I did not hold, answers that get worse or are cut; all on dev."""
-        seen = [(e.step, e.overall) for e in lab.evaluations if e.split == "dev" and e.overall]
-        if not seen:
-            return []
-        base, last = seen[0][1], seen[-1][1]
-        held = [table for step, table in seen if step.startswith("stage2-001/") and self.config.arm != "no_stage1"]
-        return [*(line for table in held for line in first_attempt_moved(base, table)), *alarms(base, last)]
+        return correction_findings(lab, held_until="stage2-001/" if self.config.arm in ("score", "no_bonus") else "")
