@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reasonrun.errors import RecipeError
-from reasonrun.generation import Request
+from reasonrun.generation import Completion, Request
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Message, Problem, Rollout, Sampling, Segment, digest
 from reasonrun.rendering import Renderer
@@ -109,6 +109,17 @@ class Asking:
             sampling=self.sampling,
             seed=request.seed,
         )
+
+
+def logged(completion: Completion) -> dict[str, Any]:
+    """What is kept of a completion, as JSON: what ``Asking.rollout`` makes a record of."""
+    return {
+        "ids": list(completion.token_ids),
+        "text": completion.text,
+        "finish": completion.finish_reason,
+        "logps": None if completion.logps is None else list(completion.logps),
+        **({} if completion.usage is None else {"usage": list(completion.usage)}),
+    }
 
 
 def ask_in_style(problem: Problem, messages: tuple[Message, ...], opening: str, renderer: Renderer) -> Ask:

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import JsonValue
 
-from reasonrun.asks import Ask, Asking, ask_in_style, ask_next_turn, require_room
+from reasonrun.asks import Ask, Asking, ask_in_style, ask_next_turn, logged, require_room
 from reasonrun.contracts import Engine, Grader, Task
 from reasonrun.credit import cells, zero_variance_share
 from reasonrun.errors import Finding, RecipeError
-from reasonrun.generation import Completion
-from reasonrun.parts import load_part, read_records
+from reasonrun.parts import load_part, read_records, write_records
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Graded, PolicyGradientExample, Problem, Rollout, Sampling, digest
+from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem, Rollout, Sampling, digest
 from reasonrun.rendering import Renderer
-from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob
+from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, experience_path
 
 State = dict[str, JsonValue]
 """What a method remembers of each problem, by problem id; committed with every checkpoint."""
@@ -159,7 +159,7 @@ class Live:
         requests = [asking.request(ask) for ask in asks]
         answers = {(c.request, c.index): c for c in self._engine.generate(requests)}
         rollouts = [
-            asking.rollout(ask, request, index, _logged(answers[request.key, index]), self._renderer)
+            asking.rollout(ask, request, index, logged(answers[request.key, index]), self._renderer)
             for ask, request in zip(asks, requests, strict=True)
             for index in range(n)
         ]
@@ -206,6 +206,31 @@ class Collected:
             found[f"tokens_{attempt}"] = float(np.mean([len(row.rollout.completion_ids) for row in here]))
             found[f"truncated_{attempt}"] = float(np.mean([row.rollout.truncated for row in here]))
         return found
+
+    def keep(self, out_dir: Path, optimizer_step: int, **made: npt.NDArray[np.float64]) -> None:
+        """Leave the rollouts, and what was made of them, for the supervisor to commit.
+
+        Args:
+            out_dir: of the job.
+            optimizer_step: the first one that can learn from them.
+            made: further columns of ``records.Credit``, one number a row.
+        """
+        places = {row.rollout_id: place for place, row in enumerate(self.rows)}
+        path = experience_path(out_dir, optimizer_step)
+        staged = path.with_suffix(".partial")  # the supervisor may be looking
+        write_records(staged, (self._experience(row, optimizer_step, places, made) for row in self.graded))
+        staged.rename(path)
+
+    def _experience(
+        self, row: Graded, optimizer_step: int, places: Mapping[str, int], made: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Experience:
+        place, found = places.get(row.rollout.id), {}
+        if place is not None:
+            example = self.rows[place]
+            columns = {name: float(values[place]) for name, values in made.items()}
+            found = {"reward": example.reward, "kl_coef": example.kl_coef, **columns}
+        credit = Credit(optimizer_step=optimizer_step, **found)
+        return Experience(rollout=row.rollout, score=row.score, credit=credit)
 
 
 class Collector:
@@ -301,12 +326,3 @@ def attempts_of(rollouts: Sequence[Rollout]) -> list[int]:
     for rollout in rollouts:
         by_id[rollout.id] = 1 + by_id.get(rollout.parent_id or "", 0)
     return [by_id[rollout.id] for rollout in rollouts]
-
-
-def _logged(completion: Completion) -> dict[str, Any]:
-    return {
-        "ids": completion.token_ids,
-        "text": completion.text,
-        "finish": completion.finish_reason,
-        "logps": completion.logps,
-    }

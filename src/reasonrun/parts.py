@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from reasonrun.errors import RecipeError
+from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.records import Record
 from reasonrun.training import Part
 
@@ -59,8 +60,15 @@ def read_records(path: Path, record_type: type[R]) -> list[R]:
 
 
 def _find(path: str) -> Any:
+    """Raises EnvironmentProblem when this interpreter cannot import it: a worker may have another one."""
     module_name, _, name = path.partition(":")
-    found: Any = importlib.import_module(module_name)
-    for attribute in name.split("."):
-        found = getattr(found, attribute)
+    try:
+        found: Any = importlib.import_module(module_name)
+        for attribute in name.split("."):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise EnvironmentProblem(
+            f"the interpreter {sys.executable} cannot load {path}: {error}",
+            hint="install what is missing there, or name another interpreter with launcher.python",
+        ) from error
     return found

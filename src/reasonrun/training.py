@@ -166,7 +166,6 @@ class OnPolicyJob(Record):
     """What a policy-gradient trainer needs to make its own rows while it trains."""
 
     code: str = ""  # digest of the code that makes rows and losses
-
     tokenizer: str  # model folder with tokenizer and template
     problems: str  # JSON-lines file of Problem
     given: str = ""  # JSON-lines file of Rollout that functions may go on from

@@ -369,7 +369,6 @@ def test_stage_1_pulls_a_policy_that_went_astray_back_to_the_reference(tmp_path:
                 parameter.add_(0.7 * random_numbers(*parameter.shape, seed=30 + number))
         rewards = TurnRewards(rewarded=(2,), kl_coefs=kl_coefs)
         objective = objective_of(tmp_path, policy, rewards, all_right, num_steps, kl=how)
-        objective._keep = lambda *_: None  # type: ignore[method-assign]
         distances = [kl(policy, TwoTokens(REFERENCE)).item()]
         for step in range(num_steps):
             change = gradient(expected_loss(objective, policy, step), policy)

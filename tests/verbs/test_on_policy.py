@@ -7,7 +7,7 @@ import pytest
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import versioned
 from reasonrun.curate.attempts import AttemptSettings, TurnRewards, attempts, turn_rewards
-from reasonrun.errors import Finding, RecipeError, RunConflict
+from reasonrun.errors import EnvironmentProblem, Finding, RecipeError, RunConflict
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.methods import score
@@ -179,6 +179,8 @@ def test_functions_that_no_other_process_can_name_or_tell_apart_are_refused(tmp_
     for thing in (lambda *_: None, finished_by(3), [].append):
         with pytest.raises(RecipeError, match="top of a module"):
             part(thing, settings)
+    with pytest.raises(EnvironmentProblem, match="absent"):
+        load_part(part(turn_rewards, settings).model_copy(update={"path": "absent.module:name"}))
     function, same = load_part(part(turn_rewards, settings))
     assert function is turn_rewards and same == settings
     monkeypatch.setattr(score, "turn_rewards", rewards_without_version)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from reasonrun.contracts import Engine
 from reasonrun.credit import advantages, cells, k1_penalties, row_weights
 from reasonrun.on_policy import Collected, Collector, plan_problems
-from reasonrun.records import Credit, Experience, Graded, PolicyGradientExample, Problem
+from reasonrun.records import Graded, PolicyGradientExample, Problem
 from reasonrun.trainers.batches import Indexes, share_of_rank
 from reasonrun.trainers.live_weights import live_weights
 from reasonrun.trainers.objective import Computed, Fixed, Objective
@@ -24,7 +24,7 @@ from reasonrun.trainers.passes import in_passes
 from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
 from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.trainers.token_nll import pad, token_nll
-from reasonrun.training import ON_POLICY_FILE, PolicyGradientSettings, experience_path
+from reasonrun.training import ON_POLICY_FILE, PolicyGradientSettings
 
 Floats = npt.NDArray[np.float64]
 
@@ -151,7 +151,7 @@ class PolicyGradientObjective(Objective):
                 self._statistics[f"kl_{attempt}"] = float(log_ratios[here].mean())
             self._statistics[f"advantage_{attempt}"] = float(np.sqrt(np.mean(self._advantages[here] ** 2)))
         if not _rank():
-            self._keep(collected, optimizer_step, log_ratios)
+            collected.keep(self._out_dir, optimizer_step, kl=log_ratios, advantage=self._advantages)
 
     def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
         own = batch[micro]
@@ -263,28 +263,6 @@ class PolicyGradientObjective(Objective):
                 " importance_cap, helps"
             )
         return {"mismatch": mean, "largest_mismatch": float(np.abs(gaps).max())}
-
-    def _keep(self, collected: Collected, optimizer_step: int, log_ratios: Floats) -> None:
-        """Leave the rollouts, and what was made of them, for the supervisor to commit."""
-        place = {example.rollout_id: row for row, example in enumerate(collected.rows)}
-        path = experience_path(self._out_dir, optimizer_step)
-        staged = path.with_suffix(".partial")  # the supervisor may be looking
-        with staged.open("w", encoding="utf-8") as file:
-            for graded in collected.graded:
-                row = place.get(graded.rollout.id)
-                made = {} if row is None else self._made_of(collected.rows[row], row, log_ratios)
-                credit = Credit(optimizer_step=optimizer_step, **made)
-                kept = Experience(rollout=graded.rollout, score=graded.score, credit=credit)
-                file.write(kept.model_dump_json() + "\n")
-        staged.rename(path)
-
-    def _made_of(self, example: PolicyGradientExample, row: int, log_ratios: Floats) -> dict[str, Any]:
-        return {
-            "reward": example.reward,
-            "kl_coef": example.kl_coef,
-            "kl": float(log_ratios[row]),
-            "advantage": float(self._advantages[row]),
-        }
 
 
 def _rank() -> int:

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from reasonrun.contracts import Engine, TrainEvents
-from reasonrun.on_policy import Collected, Collector, plan_problems
-from reasonrun.records import Credit, Experience, digest
+from reasonrun.on_policy import Collector, plan_problems
+from reasonrun.records import digest
 from reasonrun.trainers.shared_prefixes import merge
-from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult, experience_path
+from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult
 
 
 class ScriptedTrainer:
@@ -64,7 +64,7 @@ class ScriptedTrainer:
                 number = (step - 1) // every + 1
                 problems = [collector.problems[place] for place in plan[number - 1]]
                 collected = collector.reward(collector.collect(number, problems))
-                _keep(collected, step, Path(job.out_dir))
+                collected.keep(Path(job.out_dir), step)
             statistics = collected.statistics()
             rewards.append(statistics["reward"])
             num_tokens += int(merge(collected.rows).sequences.lengths.sum())
@@ -76,15 +76,3 @@ class ScriptedTrainer:
             num_padded_tokens=num_tokens,
             metrics={"loss": 0.0, "reward": rewards[-1], "mean_reward": float(np.mean(rewards))},
         )
-
-
-def _keep(collected: Collected, number: int, out_dir: Path) -> None:
-    by_id = {row.rollout_id: row for row in collected.rows}
-    with experience_path(out_dir, number).open("w", encoding="utf-8") as file:
-        for graded in collected.graded:
-            row = by_id.get(graded.rollout.id)
-            credit = Credit(
-                optimizer_step=number, reward=row.reward if row else None, kl_coef=row.kl_coef if row else None
-            )
-            kept = Experience(rollout=graded.rollout, score=graded.score, credit=credit)
-            file.write(kept.model_dump_json() + "\n")

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reasonrun.asks import Ask, Asking
+from reasonrun.asks import Ask, Asking, logged
 from reasonrun.errors import RecipeError
-from reasonrun.generation import Completion, Request
+from reasonrun.generation import Request
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.ledger.wal import Wal
 from reasonrun.records import Checkpoint, Rollout, Sampling
@@ -144,7 +144,7 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     if len(missing):
         in_flight = _InFlight()
         for _, completions in ctx.host.generate(job.policy, _units(job, missing, ctx.host.unit_rows, in_flight)):
-            wal.append([(in_flight.take(c.request) * job.n + c.index, _logged(c)) for c in completions])
+            wal.append([(in_flight.take(c.request) * job.n + c.index, logged(c)) for c in completions])
             ctx.progress.advance(job.name, len(completions))
             ctx.check_stop()
     wal.flush()
@@ -202,16 +202,6 @@ def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_fl
             requests.append(asking.request(job.asks[ordinal], done))
             in_flight.put(requests[-1], ordinal)
         yield start // size, requests
-
-
-def _logged(completion: Completion) -> dict[str, Any]:
-    return {
-        "ids": list(completion.token_ids),
-        "text": completion.text,
-        "finish": completion.finish_reason,
-        "logps": None if completion.logps is None else list(completion.logps),
-        **({} if completion.usage is None else {"usage": list(completion.usage)}),
-    }
 
 
 def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:
