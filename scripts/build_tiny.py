@@ -25,9 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from reasonrun.prompts import arith as words
-from reasonrun.randomness import derive_seed
-from reasonrun.tasks.arith import (
+from reasonrun.chains import (
     Chain,
     Step,
     apply,
@@ -38,6 +36,8 @@ from reasonrun.tasks.arith import (
     solution_text,
     solve_with_mistakes,
 )
+from reasonrun.prompts import arith as words
+from reasonrun.randomness import derive_seed
 
 Turn = tuple[str, str]  # role, text
 # A judge's right or wrong is one token of many, and the hardest to learn.

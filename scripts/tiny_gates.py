@@ -17,6 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from reasonrun.chains import (
+    chain_of,
+    judge_prompt,
+    rubric_score,
+    solution_text,
+    solve_with_mistakes,
+)
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.generation import Request
 from reasonrun.metrics import bootstrap_interval, wilson_interval
@@ -25,14 +32,7 @@ from reasonrun.prompts import arith as words
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Message, Problem, Sampling, digest
 from reasonrun.rendering import Renderer
-from reasonrun.tasks.arith import (
-    Arith,
-    chain_of,
-    judge_prompt,
-    rubric_score,
-    solution_text,
-    solve_with_mistakes,
-)
+from reasonrun.tasks.arith import Arith
 
 
 class Bench:

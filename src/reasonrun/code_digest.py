@@ -14,7 +14,17 @@ from typing import Any
 import reasonrun
 from reasonrun.contracts import Method, Task
 
-_PURE = ("metrics.py", "correction.py", "rendering.py", "verbs/curating.py", "credit.py", "on_policy.py", "asks.py")
+_PURE = (
+    "metrics.py",
+    "correction.py",
+    "judging.py",
+    "chains.py",
+    "rendering.py",
+    "verbs/curating.py",
+    "credit.py",
+    "on_policy.py",
+    "asks.py",
+)
 
 
 def code_digests(method: type[Method], task: type[Task]) -> dict[str, str]:

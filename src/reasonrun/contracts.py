@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from reasonrun.generation import Completion, Request
-from reasonrun.records import Checkpoint, Message, Problem, Sampling, Score
+from reasonrun.records import Checkpoint, Graded, Message, Problem, Sampling, Score
 from reasonrun.settings import Settings
 from reasonrun.training import TrainJob, TrainKind, TrainResult
 
@@ -121,7 +121,8 @@ class Task(ABC):
     """A source of problems and the way to put and check them.
 
     ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities, each the method of
-    that name (segment, first_error, solution, correction). ``prompt_version`` is bumped whenever a rendered prompt changes.
+    that name (segment, first_error, solution, correction, question_about). ``prompt_version`` is bumped whenever a
+    rendered prompt changes.
     """
 
     Settings: ClassVar[type[Settings]]
@@ -157,6 +158,14 @@ class Task(ABC):
         ``prefix`` begins a completion of this form, or is the opening of a style; it may hold an error already.
         """
 
+    def tables(self, groups: Sequence[tuple[Problem, Sequence[Graded]]]) -> Mapping[str, Any]:
+        """What this task's evaluations report besides accuracy: further tables of one part, by name.
+
+        Args:
+            groups: each problem with its rows, in sampling order.
+        """
+        return {}
+
     def opening(self, style: str) -> str:
         """The beginning of every answer in ``style``, put in the model's mouth; empty for most styles."""
         return ""
@@ -178,6 +187,11 @@ class Task(ABC):
         """Capability ``correction``: the user's turn that asks for the solution once more, with any error corrected; it
         never tells whether the answer was right."""
         raise NotImplementedError(f"task {self.name} has no turn that asks again")
+
+    def question_about(self, problem: Problem, text: str) -> tuple[Message, ...]:
+        """Capability ``question_about``: a conversation that asks a judge to score an answer from 1 to 5 after
+        ``[RESULT]``."""
+        raise NotImplementedError(f"task {self.name} does not ask about answers")
 
 
 class Engine(Protocol):

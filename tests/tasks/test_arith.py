@@ -3,12 +3,9 @@
 import random
 
 import pytest
+from pydantic import ValidationError
 
-from reasonrun.errors import RecipeError
-from reasonrun.randomness import derive_seed
-from reasonrun.records import digest
-from reasonrun.tasks.arith import (
-    Arith,
+from reasonrun.chains import (
     Chain,
     Step,
     chain_of,
@@ -19,6 +16,10 @@ from reasonrun.tasks.arith import (
     solution_text,
     solve_with_mistakes,
 )
+from reasonrun.errors import RecipeError
+from reasonrun.randomness import derive_seed
+from reasonrun.records import digest
+from reasonrun.tasks.arith import Arith
 
 CHAIN = Chain(start=17, operations=(("*", 7), ("+", 5), ("-", 8)))
 
@@ -100,7 +101,7 @@ def test_few_shot_demonstrations_come_from_the_pretraining_split_and_end_with_th
 
 
 def test_impossible_settings_and_unknown_names_say_what_is_allowed():
-    with pytest.raises(RecipeError, match=r"multiplications.*max_steps 2"):
+    with pytest.raises(ValidationError, match=r"multiplications.*max_steps 2"):
         task(multiplications=3, max_steps=2)
     with pytest.raises(RecipeError, match="train, dev, test"):
         task().problems("validation")

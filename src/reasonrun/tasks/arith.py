@@ -12,10 +12,21 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
+from reasonrun.chains import (
+    ANSWER,
+    Chain,
+    ChainSettings,
+    Step,
+    chain_of,
+    distinct_problems,
+    draw_chain,
+    question_text,
+    solution_text,
+    solve_with_mistakes,
+)
 from reasonrun.contracts import Grader, Task
 from reasonrun.curate.steps import Marks, labelled
 from reasonrun.errors import RecipeError
@@ -24,145 +35,8 @@ from reasonrun.prompts import arith as words
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Message, Problem, digest
 from reasonrun.settings import Effect, setting
-from reasonrun.settings import Settings as SettingsBase
 
-Operator = Literal["*", "+", "-"]
-SPLITS = ("train", "dev", "test", "pretrain")
-_PHRASES = {"*": words.MULTIPLY, "+": words.ADD, "-": words.SUBTRACT}
-_STEP_LINE = re.compile(r"^Step (\d+): (\d+) ([*+-]) (\d+) = (\d+)$")
 _STEP_RESULT = re.compile(r"^Step .* = (\d+)\n", re.MULTILINE)
-_ANSWER = "Answer:"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One line of a solution: ``left operator right = result``."""
-
-    left: int
-    operator: Operator
-    right: int
-    result: int
-
-    @property
-    def correct(self) -> bool:
-        return self.result == apply(self.left, self.operator, self.right)
-
-    def __str__(self) -> str:
-        return f"{self.left} {self.operator} {self.right} = {self.result}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chain:
-    """The bare content of a problem: a start number and operations, each (operator, operand)."""
-
-    start: int
-    operations: tuple[tuple[Operator, int], ...]
-
-    def solve(self) -> tuple[Step, ...]:
-        """The gold steps."""
-        steps, value = [], self.start
-        for operator, operand in self.operations:
-            result = apply(value, operator, operand)
-            steps.append(Step(left=value, operator=operator, right=operand, result=result))
-            value = result
-        return tuple(steps)
-
-    @property
-    def split(self) -> str:
-        """Where this chain belongs. Disjoint by construction: the split is a hash of the content."""
-        share = derive_seed("arith-split", self.start, str(self.operations)) % 1000
-        return "dev" if share < 100 else "test" if share < 200 else "train" if share < 500 else "pretrain"
-
-
-def apply(left: int, operator: Operator, right: int) -> int:
-    """The counter's arithmetic: the last two digits of the result."""
-    if operator == "*":
-        return left * right % 100
-    return (left + right) % 100 if operator == "+" else (left - right) % 100
-
-
-def draw_chain(rng: random.Random, *, min_steps: int, max_steps: int, multiplications: int) -> Chain:
-    """A random chain with ``multiplications`` products at random places; sums and differences never wrap around."""
-    num_steps = rng.randint(max(min_steps, multiplications), max_steps)
-    products = set(rng.sample(range(num_steps), multiplications))
-    start = value = rng.randint(2, 99)
-    operations: list[tuple[Operator, int]] = []
-    for position in range(num_steps):
-        operator: Operator
-        if position in products:
-            operator, operand = "*", rng.randint(2, 9)
-        else:
-            operand = rng.randint(1, 9)
-            operator = "-" if value + operand > 99 or (value >= operand and rng.random() < 0.5) else "+"
-        operations.append((operator, operand))
-        value = apply(value, operator, operand)
-    return Chain(start=start, operations=tuple(operations))
-
-
-def question_text(chain: Chain, rng: random.Random) -> str:
-    """The chain as a story; ``rng`` picks names and phrasings."""
-    name = rng.choice(words.NAMES)
-    parts = [rng.choice(words.OPENINGS).format(name=name, start=chain.start)]
-    parts += [rng.choice(_PHRASES[operator]).format(name=name, n=n) for operator, n in chain.operations]
-    return " ".join([*parts, rng.choice(words.QUESTIONS)])
-
-
-def solution_text(steps: Sequence[Step], *, first: int = 1) -> str:
-    """Steps as labelled lines, the first one numbered ``first``, then the answer."""
-    lines = [f"Step {number}: {step}" for number, step in enumerate(steps, start=first)]
-    return "\n".join([*lines, f"{_ANSWER} {steps[-1].result}"])
-
-
-def mistaken_result(step: Step, rng: random.Random) -> int:
-    """A plausible wrong result: a product loses or gains tens (a forgotten carry), a sum slips by one or by ten."""
-    offsets = [10, 20, -10, -20, 30, -30] if step.operator == "*" else [1, -1, 10, -10, 2, -2]
-    return (apply(step.left, step.operator, step.right) + rng.choice(offsets)) % 100
-
-
-def solve_with_mistakes(chain: Chain, wrong_steps: frozenset[int], rng: random.Random) -> tuple[Step, ...]:
-    """A solution whose steps at the given positions (from 0) have wrong results, carried on consistently."""
-    steps, value = [], chain.start
-    for position, (operator, operand) in enumerate(chain.operations):
-        step = Step(left=value, operator=operator, right=operand, result=apply(value, operator, operand))
-        if position in wrong_steps:
-            result = mistaken_result(step, rng)
-            step = Step(left=value, operator=operator, right=operand, result=result)
-        steps.append(step)
-        value = step.result
-    return tuple(steps)
-
-
-def parse_steps(text: str) -> tuple[Step, ...] | None:
-    """The steps of a solution, or None when its lines are not steps 1..n followed by one answer line."""
-    lines = text.strip().split("\n")
-    steps = []
-    for number, line in enumerate(lines[:-1], start=1):
-        match = _STEP_LINE.match(line)
-        if match is None or int(match[1]) != number:
-            return None
-        operator: Operator = match[3]  # type: ignore[assignment]
-        steps.append(Step(left=int(match[2]), operator=operator, right=int(match[4]), result=int(match[5])))
-    return tuple(steps) if steps and lines[-1].startswith("Answer:") else None
-
-
-def rubric_score(steps: Sequence[Step]) -> int:
-    """1 to 5: one plus four times the share of right steps, rounded down."""
-    return 1 + 4 * sum(step.correct for step in steps) // len(steps)
-
-
-def judge_prompt(question: str, solution: str) -> str:
-    """The judge's user turn for one solution."""
-    return words.JUDGE.format(question=question, solution=solution)
-
-
-def judgement_text(steps: Sequence[Step]) -> str:
-    """The gold judgement: every step quoted, computed again and compared, then the score."""
-    lines = []
-    for number, step in enumerate(steps, start=1):
-        result = apply(step.left, step.operator, step.right)
-        verdict = "right" if step.correct else "wrong"
-        lines.append(f"Step {number}: {step} , I get {result} {verdict}")
-    return "\n".join([*lines, f"[RESULT] {rubric_score(steps)}"])
 
 
 class Arith(Task):
@@ -171,59 +45,18 @@ class Arith(Task):
     name = "arith"
     prompt_version = words.VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "correction", "rubric"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "correction"})
     hint_markers: ClassVar[tuple[str, ...]] = ("The answer is",)
 
-    class Settings(SettingsBase):
+    class Settings(ChainSettings):
         """What a recipe can say about ``arith``."""
 
         name: Literal["arith"] = "arith"
-        num_train: int = setting(1200, Effect.SEMANTIC, "Training problems.", ge=1)
-        num_dev: int = setting(300, Effect.SEMANTIC, "Problems of the dev split.", ge=1)
-        num_test: int = setting(1000, Effect.SEMANTIC, "Problems of the test split.", ge=1)
-        min_steps: int = setting(2, Effect.SEMANTIC, "Fewest operations in a problem.", ge=1, le=4)
-        max_steps: int = setting(4, Effect.SEMANTIC, "Most operations in a problem.", ge=1, le=4)
-        multiplications: int = setting(1, Effect.SEMANTIC, "Products in each problem.", ge=0, le=4)
         num_shots: int = setting(2, Effect.SEMANTIC, "Demonstrations in the few_shot and hinted styles.", ge=0, le=8)
-        seed: int = setting(0, Effect.SEMANTIC, "Seed of the problem sets; not the run seed.")
-
-    def __init__(self, config: Settings) -> None:
-        super().__init__(config)
-        if config.multiplications > config.max_steps or config.min_steps > config.max_steps:
-            raise RecipeError(
-                f"task arith: {config.multiplications} multiplications and min_steps {config.min_steps} do not fit in"
-                f" max_steps {config.max_steps}",
-                hint="raise task.max_steps (at most 4) or lower the others",
-            )
 
     def problems(self, split: str) -> Sequence[Problem]:
         """Distinct problems of ``split``; splits are disjoint by content."""
-        if split not in SPLITS:
-            raise RecipeError(f"task arith has no split {split!r}; it has {', '.join(SPLITS)}")
-        wanted = {"train": self.config.num_train, "dev": self.config.num_dev, "test": self.config.num_test}[split]
-        problems: dict[str, Problem] = {}
-        for chain, rng in self._chains(split):
-            problem = self._problem(chain, split, rng)
-            problems.setdefault(problem.id, problem)
-            if len(problems) == wanted:
-                return tuple(problems.values())
-        raise RecipeError(
-            f"task arith: only {len(problems)} different problems exist in split {split} for these settings,"
-            f" {wanted} were asked for",
-            hint=f"lower task.num_{split} or raise task.max_steps",
-        )
-
-    def _chains(self, split: str) -> Iterator[tuple[Chain, random.Random]]:
-        rng = random.Random(derive_seed("arith", self.config.seed, split))
-        for _ in range(200 * (self.config.num_train + self.config.num_dev + self.config.num_test)):
-            chain = draw_chain(
-                rng,
-                min_steps=self.config.min_steps,
-                max_steps=self.config.max_steps,
-                multiplications=self.config.multiplications,
-            )
-            if chain.split == split:
-                yield chain, random.Random(derive_seed("arith-story", chain.start, str(chain.operations)))
+        return distinct_problems("arith", self.config, split, lambda chain, rng: self._problem(chain, split, rng))
 
     def _problem(self, chain: Chain, split: str, rng: random.Random) -> Problem:
         steps = chain.solve()
@@ -272,10 +105,10 @@ class Arith(Task):
     def segment(self, text: str) -> Marks | str:
         """The labelled steps, and the answer line as a step of its own."""
         found = labelled(text)
-        answer = text.rfind("\n" + _ANSWER) + 1
+        answer = text.rfind("\n" + ANSWER) + 1
         if isinstance(found, str) or not answer or answer < found[-1][0]:
             return found
-        return [*found, (answer, answer + len(_ANSWER))]
+        return [*found, (answer, answer + len(ANSWER))]
 
     def first_error(self, problem: Problem, text: str) -> int | str:
         """The first step that is not the gold one (products and sums may be turned round) or is too much; the answer
@@ -291,7 +124,7 @@ class Arith(Task):
         ends = [start for start, _ in found[1:]] + [len(text)]
         for number, ((start, body), end) in enumerate(zip(found, ends, strict=True)):
             said = text[body:end].strip()
-            if text.startswith(_ANSWER, start):
+            if text.startswith(ANSWER, start):
                 return "no_error" if number == len(gold) and said == problem.reference else start
             if number >= len(gold) or said not in (gold[number], turned[number]):
                 return start
@@ -316,7 +149,7 @@ class Arith(Task):
         while not correct and rest.operations:  # a slip of 20 before a product with 5 vanishes: draw again
             steps = solve_with_mistakes(rest, frozenset({rng.randrange(len(rest.operations))}), rng)
             correct = str(steps[-1].result) != problem.reference
-        text = solution_text(steps, first=len(written) + 1) if steps else f"{_ANSWER} {start}"
+        text = solution_text(steps, first=len(written) + 1) if steps else f"{ANSWER} {start}"
         label = prefix.rpartition("\n")[2]
         return text.removeprefix(label) if label else text
 
@@ -324,10 +157,3 @@ class Arith(Task):
 def _turned_round(step: Step) -> str:
     """The step with its operands exchanged, where that is the same calculation."""
     return str(step) if step.operator == "-" else f"{step.right} {step.operator} {step.left} = {step.result}"
-
-
-def chain_of(problem: Problem) -> Chain:
-    """The chain that an ``arith`` problem was made from."""
-    operations: Any = problem.meta["operations"]
-    start: Any = problem.meta["start"]
-    return Chain(start=start, operations=tuple((operator, operand) for operator, operand in operations))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from reasonrun.correction import correction_section, overall
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.metrics import summarise
-from reasonrun.records import Checkpoint, Graded, Sampling
+from reasonrun.records import Checkpoint, Graded, Problem, Sampling
 from reasonrun.samples import GradedSet, ProblemSet, RolloutSet
 from reasonrun.verbs.context import Context
 
@@ -17,7 +17,8 @@ from reasonrun.verbs.context import Context
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A committed measurement. ``metrics`` holds the tables ``greedy`` and ``sampled`` of the first attempts, as asked
-    for; with several attempts in a row also ``correction``: of each of these parts a ``correction_section``."""
+    for; with several attempts in a row also ``correction``: of each of these parts a ``correction_section``; and the task's
+    own tables (``Task.tables``) of each part."""
 
     policy: Checkpoint
     split: str
@@ -88,6 +89,9 @@ def evaluate(
     if isinstance(step, OpenStep):
         with ctx.timed(name, "evaluate"):
             tables: dict[str, Any] = {key: table_of(attempts[key]) for key, attempts in parts.items()}
+            for key, attempts in parts.items():
+                for title, table in ctx.task.tables(_groups(attempts[key])).items():
+                    tables.setdefault(title, {})[key] = table
             if settings.turns > 1:
                 tables["correction"] = {key: _correction_of(attempts) for key, attempts in parts.items()}
             step = step.commit({"split": split, "num_problems": len(problems), **tables})
@@ -113,6 +117,10 @@ def _correction_of(attempts: Mapping[str, GradedSet]) -> dict[str, Any]:
 
 def _rows(graded: GradedSet) -> list[Graded]:
     return [row for problem in graded.problems for row in graded.of_problem(problem.id)]
+
+
+def _groups(graded: GradedSet) -> list[tuple[Problem, list[Graded]]]:
+    return [(problem, graded.of_problem(problem.id)) for problem in graded.problems]
 
 
 def table_of(graded: GradedSet) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""How well a judge's decisions agree with gold ones. Pure functions."""
