@@ -130,6 +130,7 @@ class Task(ABC):
     prompt_version: ClassVar[int] = 1
     styles: ClassVar[frozenset[str]] = frozenset({"plain"})
     capabilities: ClassVar[frozenset[str]] = frozenset()
+    reads_logps: ClassVar[bool] = False  # whether ``tables`` reads the log-probabilities of sampled rows
     hint_markers: ClassVar[tuple[str, ...]] = ()  # texts by which a solution shows that it saw the hint
 
     def __init__(self, config: Any) -> None:

@@ -11,6 +11,7 @@ from reasonrun.asks import ask_in_style, require_room
 from reasonrun.contracts import Grader, Probe, Task
 from reasonrun.curate.group import Curation, Group
 from reasonrun.errors import RecipeError, RunFailed
+from reasonrun.grading.judgement import Decision, JudgementGrader
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Checkpoint, Problem, Sampling, digest
@@ -22,6 +23,7 @@ from reasonrun.verbs.context import Context
 from reasonrun.verbs.curating import CurateJob, curate, cut, group_of
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
+from reasonrun.verbs.judging import Verdicts, judge
 from reasonrun.verbs.preflight import PREFLIGHT_PROBLEMS, PREFLIGHT_SAMPLES, look
 from reasonrun.verbs.sampling import SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
@@ -194,6 +196,43 @@ class Lab:
     def grade(self, rollouts: RolloutSet, *, grader: Grader | None = None, name: str = "grade") -> GradedSet:
         """A score for every rollout, by the task's verifier unless another grader is given."""
         return grade(self._context, self._claim(name), rollouts, grader or self._context.grader)
+
+    def judge(
+        self,
+        model: Checkpoint,
+        rollouts: RolloutSet,
+        *,
+        prompt: AskAbout,
+        sampling: Sampling,
+        decision: Decision = "score",
+        swapped: AskAbout | None = None,
+        n: int = 1,
+        name: str = "judge",
+    ) -> GradedSet:
+        """A model's scores for rollouts: the mean of its verdicts on each, from 0 to 1; None where none could be read.
+
+        The verdicts themselves are the steps ``<name>/ask`` and ``<name>/read``.
+
+        Args:
+            model: who judges; the policy, the model of a role, one behind an endpoint.
+            rollouts: what is judged.
+            prompt: makes, of a problem and a rollout, the messages that ask; its answer must end with ``[RESULT]`` and the
+                decision.
+            sampling: of the verdicts.
+            decision: a score from 1 to 5, a choice in which the rollout is A, or yes_no.
+            swapped: for a choice: the same question with the rollout as B; both orders then count alike.
+            n: verdicts on each rollout, and order.
+            name: the step's name within the scope.
+        """
+        grader = JudgementGrader(JudgementGrader.Settings(decision=decision, of_others=True))
+        verdicts = []
+        for ask, suffix in ((prompt, ""), (swapped, "-swapped")):
+            if ask is None:
+                continue
+            said = self.sample(model, rollouts, prompt=ask, n=n, sampling=sampling, name=f"{name}/ask{suffix}")
+            read = self.grade(said, grader=grader, name=f"{name}/read{suffix}")
+            verdicts.append(Verdicts(read=read, swapped=bool(suffix)))
+        return judge(self._context, self._claim(name), rollouts, verdicts, decision)
 
     def curate(
         self, function: Curation, *sets: GradedSet | ProblemSet, name: str | None = None, **params: Any

@@ -200,6 +200,7 @@ class Comparison:
 _ACTUAL_UNITS = {
     "sample": "num_rollouts",
     "grade": "num_rollouts",
+    "judge": "num_rollouts",
     "train": "num_steps",
     "curate": "num_rows",
     "cut": "num_rows",

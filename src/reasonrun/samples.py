@@ -7,12 +7,14 @@ rehearsal it also carries an ``Extent``: how large it will be in the real run.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from reasonrun.errors import RecipeError
 from reasonrun.on_policy import RewardFunction, RolloutFunction
 from reasonrun.records import Example, Graded, Prefix, Problem, Rollout, Score, digest
 from reasonrun.sets import Rows
@@ -61,6 +63,30 @@ class ProblemSet:
     def first(self, count: int) -> ProblemSet:
         """The first ``count`` problems."""
         return replace(self, problems=self.problems[:count], extent=Extent.of(count))
+
+    def parts(self, sizes: Sequence[int], rng: random.Random) -> list[ProblemSet]:
+        """Disjoint random parts of the given sizes.
+
+        A rehearsal has a handful of the problems; its parts have the same proportions, and at least one problem each.
+
+        Raises:
+            RecipeError: the sizes exceed the set.
+        """
+        if sum(sizes) > self.extent.expected:
+            raise RecipeError(
+                f"{' + '.join(map(str, sizes))} different problems are asked for, and {self.step} has"
+                f" {self.extent.expected:,.0f}",
+                hint="lower these numbers, or take a task with more problems",
+            )
+        shuffled = rng.sample(self.problems, len(self.problems))
+        share = len(self.problems) / self.extent.expected if len(self.problems) else 0.0
+        parts, start = [], 0
+        for size in sizes:
+            count = min(len(shuffled), max(1, round(size * share)))
+            start = min(start, len(shuffled) - count)
+            parts.append(replace(self, problems=shuffled[start : start + count], extent=Extent.of(size)))
+            start += count
+        return parts
 
     @property
     def digest(self) -> str:

@@ -24,7 +24,9 @@ class Group:
 
     ``prompt(style)`` renders the task's messages in that style for the policy: a segment without loss. A hinted
     rollout is stored against the bare prompt this way, never by cutting ids. ``gold()`` is the task's own answer
-    without a rationale, closed by the end-of-sequence token. ``steps(rollout, how)`` cuts a completion into steps
+    without a rationale, closed by the end-of-sequence token; ``direct_answer()`` is its text. ``answer(style, text)``
+    are the segments of an answer in a style, its opening without loss, closed by the same token. ``steps(rollout,
+    how)`` cuts a completion into steps
     (``labels``, ``lines``, or ``task`` for the task's own), or says why it cannot. ``first_error(text)`` and
     ``solution()`` are the task's, for tasks that have them. ``written_steps(text, how)`` are the ids of the steps of a
     text that somebody else wrote, without their labels, the last one closed by the end-of-sequence token.
@@ -37,6 +39,8 @@ class Group:
     problem: Problem
     prompt: Callable[[str], Segment]
     gold: Callable[[], Segment]
+    direct_answer: Callable[[], str] = _absent
+    answer: Callable[[str, str], tuple[Segment, ...]] = _absent
     steps: Callable[[Rollout, str], Steps | str] = _absent
     written_steps: Callable[[str, str], list[tuple[int, ...]] | str] = _absent
     texts: Callable[[str, str], list[str] | str] = _absent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,6 +120,14 @@ class PreferenceObjective(Objective):
         self._num_chosen = pairs.chosen.num_learnt
         self._num_learnt = self._num_chosen + pairs.rejected.num_learnt
         self._reference_2N: np.ndarray[Any, np.dtype[np.float64]] | None = None
+
+    def totals(self, history: Sequence[Mapping[str, float]], batch_size: int) -> dict[str, float]:
+        """With the mean lengths of both sides: a model also learns how long a winner is."""
+        return {
+            **super().totals(history, batch_size),
+            "mean_chosen_tokens": float(self._num_chosen.mean()),
+            "mean_rejected_tokens": float(self.pairs.rejected.num_learnt.mean()),
+        }
 
     def name(self, row: int) -> str:
         return self.pairs.chosen.names[row]

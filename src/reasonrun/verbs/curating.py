@@ -189,6 +189,13 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         ids = (*renderer.encode(task.direct_answer(problem)), renderer.eos_ids[0])
         return Segment(token_ids=ids, src="gold", loss=True)
 
+    def answer(style: str, text: str) -> tuple[Segment, ...]:
+        opening = task.opening(style)
+        given = Segment(token_ids=renderer.encode(opening), src="prompt", loss=False)
+        ids = (*renderer.encode(text.removeprefix(opening)), renderer.eos_ids[0])
+        learnt = Segment(token_ids=ids, src="gold", loss=True)
+        return (given, learnt) if opening else (learnt,)
+
     def marks(text: str, how: str) -> Marks | str:
         return task.segment(text) if how == "task" else SEGMENTERS[how](text)
 
@@ -216,6 +223,8 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         problem=problem,
         prompt=prompt,
         gold=gold,
+        direct_answer=lambda: task.direct_answer(problem),
+        answer=answer,
         steps=lambda rollout, how: steps_of(rollout.completion_ids, how),
         written_steps=written_steps,
         texts=texts,

@@ -74,7 +74,9 @@ def evaluate(
         sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
         parts["greedy"] = _attempts(part, "greedy", 1, sampling, settings.turns)
     if settings.num_samples:
-        sampling = Sampling(temperature=settings.temperature, max_new_tokens=max_new_tokens)
+        sampling = Sampling(
+            temperature=settings.temperature, max_new_tokens=max_new_tokens, logprobs=ctx.task.reads_logps
+        )
         parts["sampled"] = _attempts(part, "sampled", settings.num_samples, sampling, settings.turns)
     graded = {key: rows for attempts in parts.values() for key, rows in attempts.items()}
     fingerprint = {

@@ -1,0 +1,228 @@
+"""What a judge learns from its own judgements of items: the better ones, against the worse ones."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from reasonrun.curate.group import Group, curation, imitate
+from reasonrun.grading.judgement import HIGHEST, LOWEST
+from reasonrun.randomness import derive_seed
+from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Segment, SFTExample
+
+if TYPE_CHECKING:
+    from reasonrun.samples import GradedSet
+
+Strategy = Literal["correct", "majority", "meta_judge"]
+Learnt = Literal["pairs", "chosen"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRule:
+    """Which two judgements of one item make a pair.
+
+    Attributes:
+        strategy: ``correct``: the winner has the gold score. ``majority``: it has the most frequent score of the item's
+            judgements. ``meta_judge``: it has the higher rating.
+        margin: how far the loser is at least from that score, or from the winner's rating, in points of the scale.
+        cap: most pairs of one item; each judgement wins or loses in at most one of them. 0 is no cap.
+        length_match: take pairs of nearly equal length first, so that length itself is not what is learnt.
+        seed: of the choice among equal pairs.
+    """
+
+    strategy: Strategy
+    margin: int
+    cap: int
+    length_match: bool
+    seed: int
+
+    def pairs(self, item_id: str, gold: str, judged: Sequence[Graded], rated: Sequence[Graded]) -> Found:
+        """The pairs of one item, best matched first.
+
+        Args:
+            item_id: the item.
+            gold: its gold score, empty where there is none; only ``correct`` looks at it.
+            judged: its judgements.
+            rated: some of them, with a judge's rating as the score; only ``meta_judge`` looks at them.
+        """
+        read = [row for row in judged if row.score.answer is not None]
+        if not read:
+            return Found(reason="nothing_read")
+        if self.strategy == "meta_judge":
+            return self._choose(item_id, self._by_rating(read, rated))
+        target = _gold_score(gold) if self.strategy == "correct" else _mode(read)
+        if target is None:
+            return Found(reason="no_gold" if self.strategy == "correct" else "no_majority")
+        winners = [row for row in read if abs(_score(row) - target) <= 0.5]
+        losers = [row for row in read if abs(_score(row) - target) >= self.margin]
+        return self._choose(item_id, [(winner, loser) for winner in winners for loser in losers])
+
+    def _by_rating(self, read: Sequence[Graded], rated: Sequence[Graded]) -> list[tuple[Graded, Graded]]:
+        width = HIGHEST - LOWEST
+        rating = {row.rollout.id: width * row.score.value for row in rated if row.score.value is not None}
+        known = [row for row in read if row.rollout.id in rating]
+        return [(a, b) for a in known for b in known if rating[a.rollout.id] - rating[b.rollout.id] >= self.margin]
+
+    def _choose(self, item_id: str, candidates: list[tuple[Graded, Graded]]) -> Found:
+        random.Random(derive_seed("judgement_pairs", self.seed, item_id)).shuffle(candidates)
+        if self.length_match:
+            candidates.sort(key=lambda pair: abs(_length(pair[0]) - _length(pair[1])))
+        chosen: list[tuple[Graded, Graded]] = []
+        taken: set[str] = set()
+        texts: set[str] = set()
+        for winner, loser in candidates:
+            ids = {winner.rollout.id, loser.rollout.id}
+            repeated = {winner.rollout.text, loser.rollout.text} & texts
+            if taken & ids or repeated or (self.cap and len(chosen) == self.cap):
+                continue
+            taken |= ids
+            texts |= {winner.rollout.text, loser.rollout.text}
+            chosen.append((winner, loser))
+        return Found(pairs=tuple(chosen), reason="" if chosen else "no_pair")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The pairs (winner, loser) of one item, or why there are none."""
+
+    pairs: tuple[tuple[Graded, Graded], ...] = ()
+    reason: str = ""
+
+
+def share_out(
+    judged: GradedSet, rated: GradedSet | None, rule: PairRule, *, num_pairs: int, balance: bool
+) -> dict[str, int]:
+    """How many pairs each item may give, so that there are ``num_pairs`` in all.
+
+    With ``balance`` the items take turns by the score that wins, so that rare scores are learnt, too; else they come in a
+    random order. Each item's first pair comes before any item's second one.
+
+    Args:
+        judged: judgements of items.
+        rated: ratings of them, for the strategy that reads some.
+        rule: which pairs there are.
+        num_pairs: how many to take.
+        balance: see above.
+    """
+    found = {
+        item.id: rule.pairs(
+            item.id, item.reference, judged.of_problem(item.id), rated.of_problem(item.id) if rated else ()
+        ).pairs
+        for item in judged.problems
+    }
+    ranked = sorted(found, key=lambda item_id: derive_seed("share_out", rule.seed, item_id))
+    by_score: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for place, item_id in enumerate(ranked):
+        for number, (winner, _) in enumerate(found[item_id]):
+            by_score[_score(winner) if balance else 0].append((number, place, item_id))
+    queues = [sorted(queue) for _, queue in sorted(by_score.items())]
+    shares: Counter[str] = Counter()
+    turn = 0
+    while shares.total() < num_pairs and any(turn < len(queue) for queue in queues):
+        for queue in queues:
+            if turn < len(queue) and shares.total() < num_pairs:
+                shares[queue[turn][2]] += 1
+        turn += 1
+    return dict(shares)
+
+
+@curation(version=1)
+def judgement_pairs(
+    group: Group,
+    judged: list[Graded],
+    *ratings: list[Graded],
+    strategy: Strategy,
+    margin: int,
+    cap: int,
+    length_match: bool,
+    seed: int,
+    learnt: Learnt = "pairs",
+    shares: Mapping[str, int] | None = None,
+) -> Iterator[Example | LeftOut]:
+    """Preference pairs of judgements of one item (Trivedi et al. 2024, arXiv 2410.05495), or their winners alone.
+
+    Args:
+        group: the item.
+        judged: its judgements.
+        ratings: judgements with a judge's rating, for the strategy ``meta_judge``. They are rows of ``judged`` again.
+        strategy, margin, cap, length_match, seed: see ``PairRule``.
+        learnt: ``pairs``, or ``chosen``: the winners of the same pairs, to imitate.
+        shares: how many pairs an item may give (``share_out``); None is no limit.
+    """
+    rule = PairRule(strategy=strategy, margin=margin, cap=cap, length_match=length_match, seed=seed)
+    rated = [row for rows in ratings for row in rows]
+    found = rule.pairs(group.problem.id, group.problem.reference, judged, rated)
+    pairs = found.pairs if shares is None else found.pairs[: shares.get(group.problem.id, 0)]
+    used: set[str] = set()
+    for winner, loser in pairs:
+        used.add(winner.rollout.id)
+        if learnt == "chosen":
+            prompt = Segment(token_ids=winner.rollout.prompt_ids, src="prompt", loss=False)
+            yield imitate(prompt, winner, source=strategy)
+            continue
+        used.add(loser.rollout.id)
+        yield _preference(winner, loser, strategy)
+    beyond_share = {row.rollout.id for pair in found.pairs[len(pairs) :] for row in pair}
+    losers = {loser.rollout.id for _, loser in pairs}
+    for row in judged:
+        if row.rollout.id not in used:
+            yield LeftOut(rollout_id=row.rollout.id, reason=_why_not(row, found, beyond_share, losers))
+
+
+def _why_not(row: Graded, found: Found, beyond_share: set[str], losers: set[str]) -> str:
+    if row.score.answer is None:
+        return f"unread: {row.score.reason}"
+    if row.rollout.id in losers:
+        return "lost"
+    if row.rollout.id in beyond_share:
+        return "over_num_pairs"
+    return found.reason or "not_paired"
+
+
+def _preference(winner: Graded, loser: Graded, strategy: Strategy) -> PreferenceExample:
+    opening = winner.rollout.num_given_tokens
+    return PreferenceExample(
+        problem_id=winner.rollout.problem_id,
+        rollout_ids=(winner.rollout.id, loser.rollout.id),
+        prefix_ids=winner.rollout.prompt_ids + winner.rollout.completion_ids[:opening],
+        chosen_ids=winner.rollout.completion_ids[opening:],
+        rejected_ids=loser.rollout.completion_ids[opening:],
+        source=strategy,
+    )
+
+
+@curation(version=1)
+def gold_judgements(group: Group, *, styles: Sequence[str], with_feedback: Sequence[str]) -> Iterator[Example]:
+    """The item's gold judgement, to imitate: its feedback and score in the styles ``with_feedback``, else its score."""
+    for style in styles:
+        text = group.solution() if style in with_feedback else group.direct_answer()
+        yield SFTExample(
+            problem_id=group.problem.id,
+            rollout_ids=(),
+            segments=(group.prompt(style), *group.answer(style, text)),
+            source="gold",
+        )
+
+
+def _gold_score(gold: str) -> float | None:
+    try:
+        return float(gold)
+    except ValueError:
+        return None
+
+
+def _mode(read: Sequence[Graded]) -> int | None:
+    """The most frequent score; None when two are equally frequent."""
+    counts = Counter(_score(row) for row in read).most_common(2)
+    return None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def _score(row: Graded) -> int:
+    return int(row.score.answer or 0)
+
+
+def _length(row: Graded) -> int:
+    return len(row.rollout.completion_ids)

@@ -1,0 +1,113 @@
+"""Self-rationalizing judge: learning to judge from one's own better rationales (Trivedi et al. 2024, arXiv 2410.05495)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from reasonrun.contracts import Method, Probe
+from reasonrun.curate.self_judging import (
+    JudgeSettings,
+    PairSettings,
+    SeedSettings,
+    collapse_findings,
+    judgements,
+    paired,
+    seed_judge,
+)
+from reasonrun.records import Checkpoint, Sampling
+from reasonrun.settings import Effect, setting
+from reasonrun.settings import Settings as SettingsBase
+from reasonrun.training import PreferenceSettings, SFTSettings
+
+if TYPE_CHECKING:
+    from reasonrun.lab import Lab
+
+
+class SelfRationalize(Method):
+    """Train a judge on gold judgements, then have it prefer its own judgements that score right to those that do not.
+
+    1. J_0: the base fine-tuned on gold rationales with their scores, merged with another judge if asked for.
+    2. Round t: items S_t of the training set, no item in two rounds; several judgements of each by J_{t-1}.
+    3. Pairs of judgements of one item (``pairs.strategy``, ``pairs.margin``).
+    4. J_t: DPO from J_{t-1} with J_{t-1} as the reference.
+
+    ``learn: chosen`` is the control that the paper lacks: fine-tuning on the winners of the same pairs. ``judge.style:
+    score_only`` has the judge score without a rationale, ``evaluate.style: score_only`` measures it so.
+
+    Departures from the paper, whose code is not published, and what it leaves open:
+
+    - DPO's beta, learning rate and batch, the number of judgements and of pairs per item are this project's choice.
+    - the margin is the loser's distance from the gold score; for a meta-judge, that of the two ratings.
+    - a judgement takes part in one pair; pairs of like length come first; equal texts are paired once.
+    - ``pairs.num_pairs`` fills evenly over the winning scores; no strategy but ``correct`` looks at gold scores.
+    - judgements that cannot be read are left out and counted, never sampled again.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"plain"})
+    trains = ("sft", "preference")
+
+    class Settings(SettingsBase):
+        """Recipe fields of ``method: self_rationalize``."""
+
+        name: Literal["self_rationalize"] = "self_rationalize"
+        learn: Literal["pairs", "chosen"] = setting("pairs", Effect.SEMANTIC, "DPO on pairs, or SFT on their winners.")
+        rounds: int = setting(2, Effect.HORIZON, "Rounds after the judge of gold judgements; 0 is that judge.", ge=0)
+        num_items: tuple[int, ...] = setting(
+            (5000, 500), Effect.SEMANTIC, "Items of each round; the last number is that of all further.", min_length=1
+        )
+        max_new_tokens: int = setting(1024, Effect.SEMANTIC, "Longest judgement in tokens.", ge=1)
+        seed_judge: SeedSettings = setting(SeedSettings(), Effect.SEMANTIC, "Training on gold judgements.")
+        judge: JudgeSettings = setting(JudgeSettings(), Effect.SEMANTIC, "Sampling of judgements.")
+        pairs: PairSettings = setting(PairSettings(), Effect.SEMANTIC, "Choice of pairs.")
+        epochs: int = setting(1, Effect.SEMANTIC, "Passes over the examples of a round.", ge=1)
+        num_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps of a round, instead of epochs; 0 is off.", ge=0)
+        sft: SFTSettings = setting(
+            SFTSettings(lr=1e-5, schedule="cosine", warmup_ratio=0.1, batch_size=32, max_length=4096),
+            Effect.SEMANTIC,
+            "Training on gold judgements, and of learn: chosen.",
+        )
+        dpo: PreferenceSettings = setting(
+            PreferenceSettings(beta=0.1, lr=5e-7, batch_size=64, max_length=4096), Effect.SEMANTIC, "Training on pairs."
+        )
+
+    def needs(self) -> Mapping[str, str]:
+        config = self.config
+        gold = {"solution": "seed_judge.epochs"} if config.seed_judge.trains else {}
+        styles = dict.fromkeys(config.seed_judge.styles, "seed_judge.styles") | {config.judge.style: "judge.style"}
+        return {**styles, **gold, **{ability: f"pairs.{key}" for ability, key in config.pairs.needs().items()}}
+
+    def roles(self) -> Mapping[str, str]:
+        role = self.config.seed_judge.merge_role
+        return {role: "seed_judge.merge_role"} if role else {}
+
+    def preflight(self) -> Probe | None:
+        """A judge that is first taught need not know how; else it must be right now and then, and wrong."""
+        config = self.config
+        if config.seed_judge.trains or not config.rounds:
+            return None
+        sampling = Sampling(temperature=config.judge.temperature, max_new_tokens=config.max_new_tokens)
+        return Probe(style=config.judge.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
+
+    def run(self, lab: Lab) -> Checkpoint:
+        config = self.config
+        judge = seed_judge(lab, config.seed_judge, config.sft)
+        lab.nominate("seed_judge", judge)
+        sizes = [config.num_items[min(t, len(config.num_items) - 1)] for t in range(config.rounds)]
+        parts = lab.problems("train").parts(sizes, lab.rng("items"))
+        for number in lab.rounds(config.rounds):
+            lab.evaluate(judge)
+            judged = judgements(lab, judge, parts[number - 1], config.judge, config.max_new_tokens)
+            judge = lab.train(
+                "preference" if config.learn == "pairs" else "sft",
+                paired(lab, judge, judged, config.pairs, config.learn, config.max_new_tokens),
+                start=judge,
+                reference=judge if config.learn == "pairs" else None,
+                settings=config.dpo if config.learn == "pairs" else config.sft,
+                num_steps=config.num_steps,
+                num_epochs=0 if config.num_steps else config.epochs,
+            )
+        return judge
+
+    def findings(self, lab: Lab) -> list[str]:
+        return collapse_findings(lab)
