@@ -91,6 +91,11 @@ def test_gold_means_are_rounded_halves_up_in_the_histogram_and_both_neighbours_o
     assert section["mean_error"] == pytest.approx((-0.5 + 0.5 + 0.33 - 1.67) / 4)
 
 
+def test_within_1_holds_1():
+    section = judging_section(scored([("3", "4"), ("3", "2"), ("3", "5"), ("3.5", "2")]))
+    assert values(section, "exact", "within_1") == [0.0, 0.5]
+
+
 def test_correlations_with_ties_by_hand():
     """Scores 1 2 2 3, gold 1 3 2 2. Pearson: deviations -1 0 0 1 and -1 1 0 0: 1 / sqrt(2 * 2). Ranks 1 2.5 2.5 4 and
     1 4 2.5 2.5: deviations -1.5 0 0 1.5 and -1.5 1.5 0 0, 2.25 / 4.5. Kendall: of six pairs the first item makes three
@@ -254,7 +259,7 @@ def test_entropy():
 
 def test_several_draws_by_hand():
     """p (gold 3): 3 3 5; q (gold 4.3333): 4 unread 2; r (gold 1): 2 2 2."""
-    logps = {"p": [(-1.0, -1.0), (-2.0,), (-0.5, -0.7)], "q": [(-0.1,), (-0.5,), (-0.4,)], "r": [(-1.0,)] * 3}
+    logps = {"p": [(-0.5, -0.7), (-2.0,), (-1.0,)], "q": [(-0.1,), (-0.5,), (-0.4,)], "r": [(-1.0,)] * 3}
     groups = []
     for name, gold, answers in (("p", "3", "335"), ("q", "4.3333", "4?2"), ("r", "1", "222")):
         of = problem(name, gold)
@@ -269,8 +274,8 @@ def test_several_draws_by_hand():
     # means 11/3, 3 and 2 against 3, 4.3333 and 1
     assert draws["mean_within_1"]["value"] == pytest.approx(2 / 3)
     assert draws["mean_pearson"] == pytest.approx(np.corrcoef([11 / 3, 3, 2], [3, 4.3333, 1])[0, 1])
-    # The highest mean is that of p's 5 (-0.6), q's 4 and r's first.
-    assert draws["best_of_n"]["value"] == pytest.approx(1 / 3)
+    # The highest mean is that of p's first 3 (-0.6; its sum is below that of the 5), q's 4 and r's first.
+    assert draws["best_of_n"]["value"] == pytest.approx(2 / 3)
     assert draws["oracle"]["value"] == pytest.approx(2 / 3)
 
 
@@ -281,8 +286,9 @@ def test_best_of_n_needs_all_log_probabilities():
 
 
 def test_unread_draws_agree_with_nothing_and_decide_nothing():
-    draws = judging_section([item(problem("p", "3"), None, None), item(problem("q", "3"), "3", None)])["draws"]
-    assert draws["agreement"]["value"] == 0.0
+    """The two 3s of q are one of its three pairs of draws."""
+    draws = judging_section([item(problem("p", "3"), None, None), item(problem("q", "3"), "3", None, "3")])["draws"]
+    assert draws["agreement"]["value"] == pytest.approx((0 + 1 / 3) / 2)
     assert values(draws, "self_consistency", "mean_within_1", "oracle") == [0.5, 0.5, 0.5]
 
 

@@ -50,10 +50,13 @@ def test_pairs_have_a_column_and_scores_without_gold_none() -> None:
 
 
 def test_other_splits_and_other_tasks_have_no_such_columns() -> None:
-    header, _ = table_of(evaluated("round-001", judged(0.4), split="test") | {"step": "round-001/test-last"})
-    assert "pearson" not in header and "entropy" not in header
+    test = evaluated("final", judged(0.4), split="test") | {"step": "final/test-last"}
+    header, _ = table_of(test)
+    assert "pearson" not in cells(header) and "entropy" not in cells(header)
+    _, line = table_of(evaluated("final", judged(0.2)), test)
+    assert cells(line)[2] == "0.200 [0.100, 0.300]"
     header, *_ = table_of(evaluated("round-001", None), evaluated("round-002", None))
-    assert "pearson" not in header and "entropy" not in header
+    assert "pearson" not in cells(header) and "entropy" not in cells(header)
 
 
 def test_a_round_without_judgements_has_dashes() -> None:
