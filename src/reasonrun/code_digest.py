@@ -18,6 +18,8 @@ _PURE = (
     "metrics.py",
     "correction.py",
     "judging.py",
+    "judged_pairs.py",
+    "agreement.py",
     "chains.py",
     "rendering.py",
     "verbs/curating.py",

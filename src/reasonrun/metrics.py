@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -122,6 +122,16 @@ def clustered_interval(
     return float(low), float(high)
 
 
+def resampled_counts(num_problems: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Iterator[Floats]:
+    """How often each problem is in each resample: arrays (resamples, problems) of whole numbers, a part at a time.
+
+    For statistics of sums over problems, which are then one matrix product. The resamples are those of the intervals.
+    """
+    for drawn_RP in _resamples(num_problems, num_resamples, seed):
+        cells_RP = drawn_RP + num_problems * np.arange(len(drawn_RP))[:, None]
+        yield np.bincount(cells_RP.ravel(), minlength=cells_RP.size).reshape(cells_RP.shape).astype(np.float64)
+
+
 def paired_bootstrap(
     a_P: Sequence[float] | Floats,
     b_P: Sequence[float] | Floats,
@@ -156,13 +166,15 @@ def paired_bootstrap(
 def _resampled_means(values_P: Floats, num_resamples: int, seed: int) -> Floats:
     if values_P.size == 0:
         raise ValueError("no problems to resample")
+    return np.concatenate([values_P[drawn].mean(axis=1) for drawn in _resamples(values_P.size, num_resamples, seed)])
+
+
+def _resamples(num_problems: int, num_resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices of shape (resamples, problems), as many resamples at a time as fit the memory."""
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK_ELEMENTS // values_P.size)
-    parts = [
-        values_P[rng.integers(values_P.size, size=(min(rows, num_resamples - start), values_P.size))].mean(axis=1)
-        for start in range(0, num_resamples, rows)
-    ]
-    return np.concatenate(parts)
+    rows = max(1, _CHUNK_ELEMENTS // num_problems)
+    for start in range(0, num_resamples, rows):
+        yield rng.integers(num_problems, size=(min(rows, num_resamples - start), num_problems))
 
 
 def mcnemar_exact(num_only_a: int, num_only_b: int) -> float:

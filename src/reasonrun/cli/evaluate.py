@@ -98,6 +98,8 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
         if table["num_samples"] > table["num_problems"]:
             lines.append(f"{'':8s} " + ", ".join(f"{name} {value:.1%}" for name, value in many.items()))
         lines += [f"{'':8s} {line}" for line in _correction_lines(section)] if section else []
+        judging = result.get("judging", {}).get(part)
+        lines += [f"{'':8s} {line}" for line in _judging_lines(judging)] if judging else []
     return lines
 
 
@@ -126,6 +128,95 @@ def _correction_lines(section: dict[str, Any]) -> list[str]:
             f" {change['identical_text_share']:.1%}, edit ratio {change['edit_ratio']:.2f}",
         ]
     return lines
+
+
+def _judging_lines(section: dict[str, Any]) -> list[str]:
+    """How a judge's decisions agree with gold, how they spread, then several draws together and pairs."""
+    lines = []
+    if section["exact"]["value"] is not None:
+        near = f", within 1 {_share(section['within_1'])}" if "within_1" in section else ""
+        error = section.get("mean_error")
+        lines.append(
+            f"exact {_share(section['exact'])}{near}" + ("" if error is None else f", mean error {error:+.2f}")
+        )
+        if "pearson" in section:
+            names = ("Pearson", "Spearman", "Kendall")
+            lines.append(", ".join(f"{name} {_number(section[name.lower()])}" for name in names))
+    lines.append(f"given {_spread(section, '')}")
+    if section["gold_entropy_bits"] is not None:
+        error = section.get("calibration_error")
+        lines.append(
+            f"gold  {_spread(section, 'gold_')}" + ("" if error is None else f", calibration error {error:.2f}")
+        )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in section["unread_reasons"].items())
+    tokens = "" if section["mean_num_tokens"] is None else f"{section['mean_num_tokens']:.1f} tokens, "
+    lines.append(
+        f"unread {section['unread_share']:.1%}{f' ({reasons})' if reasons else ''},"
+        f" {tokens}{section['mean_num_chars']:.0f} characters"
+    )
+    lines += _draws_lines(section["draws"]) if "draws" in section else []
+    return lines + (_pairs_lines(section["pairs"]) if "pairs" in section else [])
+
+
+def _spread(section: dict[str, Any], which: str) -> str:
+    counts = " ".join(f"{name}:{count}" for name, count in section[f"{which}histogram"].items())
+    bits = section[f"{which}entropy_bits"]
+    return counts + ("" if bits is None else f", entropy {bits:.2f} bits")
+
+
+def _draws_lines(draws: dict[str, Any]) -> list[str]:
+    pearson = (
+        "" if draws.get("self_consistency_pearson") is None else f" (Pearson {draws['self_consistency_pearson']:.3f})"
+    )
+    together = [f"self-consistency {_share(draws['self_consistency'])}{pearson}"]
+    if "mean_within_1" in draws:
+        pearson = "" if draws["mean_pearson"] is None else f" (Pearson {draws['mean_pearson']:.3f})"
+        together.append(f"mean score within 1 {_share(draws['mean_within_1'])}{pearson}")
+    lines = [f"{draws['num_draws']} draws: agreement {_share(draws['agreement'])}"]
+    if draws["oracle"]["value"] is not None:
+        lines += [
+            f"        {', '.join(together)}",
+            f"        best of n {_share(draws['best_of_n'])}, oracle {_share(draws['oracle'])}",
+        ]
+    return lines
+
+
+def _pairs_lines(pairs: dict[str, Any]) -> list[str]:
+    left_out = f" ({pairs['num_incomplete']} incomplete)" if pairs["num_incomplete"] else ""
+    lines = [f"{pairs['num_pairs']} pairs{left_out}: {_pair_table(pairs)}"]
+    for name, table in pairs.get("by_category", {}).items():
+        lines.append(f"        {name} ({table['num_pairs']}): {_pair_table(table)}")
+    if "category_mean" in pairs:
+        lines.append(f"        mean of categories {pairs['category_mean']:.1%}")
+    return lines
+
+
+def _pair_table(table: dict[str, Any]) -> str:
+    if "tie_share" in table:
+        which = f"ties {_percent(table['tie_share'])}"
+    else:
+        bias = table["position_bias"]
+        low, high = bias["interval"] or (0.0, 0.0)
+        points = f"{100 * bias['value']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" if bias["interval"] else "-"
+        which = (
+            f"both orders {_share(table['accuracy_both'])}, consistent {_share(table['consistent_share'])},"
+            f" for A {points}"
+        )
+    return f"accuracy {_share(table['accuracy'])}, {which}, unread {_percent(table['unread_share'])}"
+
+
+def _share(measured: dict[str, Any]) -> str:
+    if measured["value"] is None:
+        return "-"
+    low, high = measured["interval"]
+    return f"{measured['value']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _number(measured: dict[str, Any]) -> str:
+    if measured["value"] is None:
+        return "-"
+    low, high = measured["interval"] or (None, None)
+    return f"{measured['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _percent(share: float | None) -> str:

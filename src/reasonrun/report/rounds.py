@@ -17,6 +17,7 @@ class RoundRow:
     scope: str
     evaluations: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # part -> accuracy, low, high
     corrections: dict[str, dict[str, Any]] = field(default_factory=dict)  # dev: part -> its ``correction_section``
+    judgings: dict[str, dict[str, Any]] = field(default_factory=dict)  # dev: part -> its ``judging_section``
     num_rollouts: int = 0
     num_correct: int = 0
     num_kept: int = 0
@@ -65,6 +66,7 @@ def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
                 line.evaluations[key] = (row[part]["accuracy"], low, high)
         if row["split"] == "dev":
             line.corrections |= row.get("correction", {})
+            line.judgings |= row.get("judging", {})
     elif verb == "evaluate_pairs" and row["num_pairs"]:
         line.pairs = (row["reward_margin"], row["pair_accuracy"])
     elif in_evaluation:
@@ -90,7 +92,7 @@ def format_table(table: list[RoundRow]) -> list[str]:
     pairs_header = ["held-out margin, pairs right"] if with_pairs else []
     header = [
         "round",
-        *(column for p in parts for column in (f"dev {p}", *_correction_header(table, p))),
+        *(column for p in parts for column in (f"dev {p}", *_correction_header(table, p), *_judging_header(table, p))),
         *pairs_header,
         "tried",
         "right",
@@ -105,7 +107,8 @@ def format_table(table: list[RoundRow]) -> list[str]:
         scores = []
         for part in parts:
             cells = _correction_cells(line.corrections.get(part)) if _correction_header(table, part) else []
-            scores += [_interval(line.evaluations.get(part)), *cells]
+            judged = [_judging_cell(line.judgings.get(part), name) for name in _judging_header(table, part)]
+            scores += [_interval(line.evaluations.get(part)), *cells, *judged]
         if with_pairs:
             scores.append("-" if line.pairs is None else f"{line.pairs[0]:.3f}, {line.pairs[1]:.1%}")
         counts = [line.num_rollouts, line.num_correct, line.num_kept, line.num_hinted, line.num_steps, line.num_tokens]
@@ -128,6 +131,43 @@ def _correction_cells(section: dict[str, Any] | None) -> list[str]:
     return [_interval((attempt["accuracy"], *attempt["interval"])), _points(change["delta"], change["delta_interval"])]
 
 
+def _judging_header(table: list[RoundRow], part: str) -> list[str]:
+    """The columns of a judge, where any line has them."""
+    sections = [line.judgings[part] for line in table if part in line.judgings]
+    return [*_agreement_columns(sections), *(["entropy"] if sections else [])]
+
+
+def _agreement_columns(sections: Sequence[dict[str, Any]]) -> list[str]:
+    """How these agree with what is known: on pairs, and with gold scores."""
+    columns = {
+        "pairs": any("pairs" in section for section in sections),
+        "pearson": any("pearson" in section and section["exact"]["value"] is not None for section in sections),
+    }
+    return [name for name, is_there in columns.items() if is_there]
+
+
+def _judging_cell(section: dict[str, Any] | None, column: str) -> str:
+    if section is None:
+        return "-"
+    if column == "entropy":
+        return "-" if section["entropy_bits"] is None else f"{section['entropy_bits']:.2f} bits"
+    if column == "pearson":
+        return _pearson(section)
+    accuracy = section["pairs"]["accuracy"] if "pairs" in section else None
+    if accuracy is None or accuracy["value"] is None:
+        return "-"
+    low, high = accuracy["interval"]
+    return _interval((accuracy["value"], low, high))
+
+
+def _pearson(section: dict[str, Any]) -> str:
+    found = section.get("pearson", {"value": None})
+    if found["value"] is None:
+        return "-"
+    interval = "" if found["interval"] is None else f" [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"
+    return f"{found['value']:.3f}{interval}"
+
+
 def _points(difference: float, interval: Sequence[float]) -> str:
     return f"{100 * difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
@@ -137,7 +177,8 @@ def _interval(score: tuple[float, float, float] | None) -> str:
 
 
 def format_result(result: dict[str, Any]) -> list[str]:
-    """Before and after on the test split, one line per part; with several attempts the last one and its delta, too."""
+    """Before and after on the test split, one line per part; with several attempts the last one and its delta, of a judge
+    Pearson's correlation with gold and the accuracy on pairs, too."""
     lines: list[tuple[str, list[str]]] = []
     order = ("base", "last", "best", *sorted(result.get("nominees", ())))  # stored results are sorted by key
     test = {name.replace("_", " "): result["test"][name] for name in order}
@@ -152,6 +193,10 @@ def format_result(result: dict[str, Any]) -> list[str]:
             last = overall(next(iter(sections.values())))["to"]
             lines.append((f"{part} t{last}", [f"{name} {accuracy}" for name, accuracy, _ in pairs]))
             lines.append((f"{part} delta", [f"{name} {delta}" for name, _, delta in pairs]))
+        judged = {name: t["judging"][part] for name, t in test.items() if part in t.get("judging", {})}
+        for column in _agreement_columns(list(judged.values())):
+            cells = [f"{name} {_judging_cell(section, column)}" for name, section in judged.items()]
+            lines.append((f"{part} {column}", cells))
     width = max((len(label) for label, _ in lines), default=0)
     return [f"test {label:{max(width, 8)}s} " + "   ".join(cells) for label, cells in lines]
 

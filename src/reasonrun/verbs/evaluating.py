@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from reasonrun import judging
 from reasonrun.correction import correction_section, overall
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.metrics import summarise
@@ -28,7 +29,11 @@ class Evaluation:
     @property
     def headline(self) -> float:
         """The number that checkpoints are compared by: accuracy of the last attempt, greedy, or sampled when greedy is
-        off."""
+        off. Of a judge of pairs it is the share of pairs that it judges right: a lone side has no gold to be accurate
+        about."""
+        pairs = _pairs_accuracy(self.metrics, self._part)
+        if pairs is not None:
+            return pairs
         return float(self._correction["attempts"][-1]["accuracy"] if self._correction else self._table["accuracy"])
 
     @property
@@ -131,13 +136,15 @@ def table_of(graded: GradedSet) -> dict[str, Any]:
 
 
 def describe(evaluation: Evaluation) -> str:
-    """One line: accuracy and interval of each part, and what the last attempt of several makes of it."""
+    """One line: accuracy and interval of each part, what the last attempt of several makes of it, and the accuracy on pairs
+    where there are pairs."""
     parts = []
     for key in ("greedy", "sampled"):
         table = evaluation.metrics.get(key)
         if table:
             low, high = table["interval"]
-            parts.append(f"{key} {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{_attempted(evaluation.metrics, key)}")
+            further = _attempted(evaluation.metrics, key) + _paired(evaluation.metrics, key)
+            parts.append(f"{key} {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{further}")
     return f"{evaluation.split}: " + ", ".join(parts)
 
 
@@ -146,3 +153,13 @@ def _attempted(metrics: Mapping[str, Any], part: str) -> str:
         return ""
     change = overall(metrics["correction"][part])
     return f", attempt {change['to']} {change['accuracy_last']:.1%} ({100 * change['delta']:+.1f})"
+
+
+def _pairs_accuracy(metrics: Mapping[str, Any], part: str) -> float | None:
+    section = metrics.get("judging", {}).get(part)
+    return judging.headline(section) if section else None
+
+
+def _paired(metrics: Mapping[str, Any], part: str) -> str:
+    accuracy = _pairs_accuracy(metrics, part)
+    return "" if accuracy is None else f", pairs right {accuracy:.1%}"
