@@ -9,9 +9,7 @@ from reasonrun.grading.judgement import Decision
 from reasonrun.records import Graded, Problem
 
 
-def judging_section(
-    groups: Sequence[tuple[Problem, Sequence[Graded]]], decision: Decision = "score"
-) -> dict[str, Any]:
+def judging_section(groups: Sequence[tuple[Problem, Sequence[Graded]]], decision: Decision = "score") -> dict[str, Any]:
     """How many rows were read, of how many."""
     rows = [row for _, rows in groups for row in rows]
     return {"decision": decision, "num_rows": len(rows), "num_read": sum(row.score.answer is not None for row in rows)}
