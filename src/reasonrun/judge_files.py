@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.judge_fields import Fields, tidy
 from reasonrun.judge_texts import looks_like_prompt, parts_of, rubric_of
-from reasonrun.prompts.judge import Rubric
+from reasonrun.prompts.judge import RUBRICS, Rubric
 from reasonrun.question_files import Row, check_row, read_json
 from reasonrun.records import Record, digest
 
@@ -122,6 +123,37 @@ def read_items(path: Path, layout: Layout | None, score_field: str) -> tuple[lis
             source = row.place.removeprefix(f"{path.parent}/")
             items.append(item.model_copy(update={"id": _id_of(item), "source": source}))
     return items, faults
+
+
+def rubric_for_pairs(name: str, criteria: str, descriptions: Sequence[str], *, criteria_only: bool) -> Rubric:
+    """The one rubric by which pairs are judged, which have none of their own.
+
+    Args:
+        name: of a rubric in the prompt file, unless ``criteria`` are given.
+        criteria: a criterion of one's own.
+        descriptions: what its scores from 1 to 5 mean.
+        criteria_only: no scores are asked for, so ``descriptions`` may be empty.
+
+    Raises:
+        RecipeError: there is no such rubric, or its own one is not complete.
+    """
+    if not criteria:
+        if descriptions:
+            raise RecipeError("task judge: rubric_descriptions are given without rubric_criteria")
+        if name not in RUBRICS:
+            raise RecipeError(
+                f"task judge: no rubric is called {name!r}; there is {', '.join(RUBRICS)}",
+                hint="spell one out with task.rubric_criteria and task.rubric_descriptions",
+            )
+        return RUBRICS[name]
+    texts = tuple(descriptions) or ("-",) * (HIGHEST if criteria_only else 0)
+    if len(texts) != HIGHEST or not all(text.strip() for text in texts):
+        raise RecipeError(
+            f"task judge: rubric_descriptions must hold {HIGHEST} texts, one for each score from {LOWEST} to {HIGHEST};"
+            f" {sum(bool(text.strip()) for text in texts)} are given"
+        )
+    one, two, three, four, five = texts
+    return Rubric(criteria=criteria, descriptions=(one, two, three, four, five))
 
 
 def _layout_of(fields: Mapping[str, Any]) -> Layout | None:

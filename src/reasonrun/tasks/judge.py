@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from reasonrun.contracts import Grader, Task
 from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER, Decision, JudgementGrader, JudgementSettings
-from reasonrun.judge_files import JudgeItem, JudgePair, Layout, read_items
+from reasonrun.judge_files import JudgeItem, JudgePair, Layout, read_items, rubric_for_pairs
 from reasonrun.judging import judging_section
 from reasonrun.prompts import judge as words
 from reasonrun.question_files import duplicates, refuse
@@ -79,7 +79,9 @@ class Judge(Task):
                 hint="name the file with task.data (reasonrun eval judge --data FILE), or files to train on with task.path",
             )
         self._decision: Decision = "choice" if config.mode == "pairwise" else "score"
-        self._rubric = _pair_rubric(config)
+        self._rubric = rubric_for_pairs(
+            config.rubric, config.rubric_criteria, config.rubric_descriptions, criteria_only=self._decision == "choice"
+        )
 
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``split``; those of a pair follow each other.
@@ -265,29 +267,6 @@ class Judge(Task):
             "dev": ([item for item in train if item.id in dev], "num_dev is 0" if train else unset),
             "test": (self._loaded["test"][: config.num_test or None], "test_path is not set"),
         }
-
-
-def _pair_rubric(config: Judge.Settings) -> words.Rubric:
-    """The rubric for pairs that the settings name or spell out."""
-    given = config.rubric_descriptions
-    if not config.rubric_criteria:
-        if given:
-            raise RecipeError("task judge: rubric_descriptions are given without rubric_criteria")
-        if config.rubric not in words.RUBRICS:
-            raise RecipeError(
-                f"task judge: no rubric is called {config.rubric!r}; there is {', '.join(words.RUBRICS)}",
-                hint="spell one out with task.rubric_criteria and task.rubric_descriptions",
-            )
-        return words.RUBRICS[config.rubric]
-    if config.mode == "pairwise" and not given:
-        given = ("-",) * HIGHEST  # both responses are compared by the criterion alone
-    if len(given) != HIGHEST or not all(text.strip() for text in given):
-        raise RecipeError(
-            f"task judge: rubric_descriptions must hold {HIGHEST} texts, one for each score from {LOWEST} to {HIGHEST};"
-            f" {sum(bool(text.strip()) for text in given)} are given"
-        )
-    one, two, three, four, five = given
-    return words.Rubric(criteria=config.rubric_criteria, descriptions=(one, two, three, four, five))
 
 
 def _judged(response: str, rubric: words.Rubric, reference: str) -> dict[str, Any]:
