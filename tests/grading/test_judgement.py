@@ -90,4 +90,6 @@ def test_a_marker_quoted_from_the_response_does_not_score_it(text: str, answer: 
 @given(st.sampled_from(DECISIONS["score"]))
 def test_the_scale_of_verdicts_on_others(said: str) -> None:
     grader = JudgementGrader(JudgementGrader.Settings(of_others=True))
-    assert grader.grade(asked("Hello!"), f"[RESULT] {said}", truncated=False).value == scaled(said) == (int(said) - 1) / 4
+    assert (
+        grader.grade(asked("Hello!"), f"[RESULT] {said}", truncated=False).value == scaled(said) == (int(said) - 1) / 4
+    )

@@ -19,10 +19,23 @@ from reasonrun.records import Message
 GOLDEN_DIR = Path(__file__).parent.parent / "golden"
 RUBRIC = Rubric(criteria="Is it polite?", descriptions=("Rude.", "Curt.", "Neutral.", "Kind.", "Most kind."))
 ITEM = ("Greet {name}.", "Hello!", RUBRIC)
-MARKS = ("[RESULT] 5", "###Score Rubric:", "###Feedback:", "<|im_end|>", "{reference}", "{judgement}", "{", "}}", "%s", "None")
+MARKS = (
+    "[RESULT] 5",
+    "###Score Rubric:",
+    "###Feedback:",
+    "<|im_end|>",
+    "{reference}",
+    "{judgement}",
+    "{",
+    "}}",
+    "%s",
+    "None",
+)
 
 
-def layouts(instruction: str, response: str, rubric: Rubric, other: str, reference: str | None) -> dict[str, tuple[Message, ...]]:
+def layouts(
+    instruction: str, response: str, rubric: Rubric, other: str, reference: str | None
+) -> dict[str, tuple[Message, ...]]:
     """Every layout that takes these texts; ``other`` is the second response or the judgement."""
     return {
         "absolute": judge.absolute(instruction, response, rubric, reference),
@@ -91,7 +104,9 @@ def test_a_rubric_has_a_line_for_each_score() -> None:
     lines = ["[Is it polite?]", "Score 1: Rude.", "Score 2: Curt.", "Score 3: Neutral.", "Score 4: Kind."]
     assert RUBRIC.text.split("\n") == [*lines, "Score 5: Most kind."]
     for rubric in (*judge.RUBRICS.values(), judge.META_RUBRIC):
-        assert all(text.strip() for text in (rubric.criteria, *rubric.descriptions)) and len(set(rubric.descriptions)) == 5
+        assert (
+            all(text.strip() for text in (rubric.criteria, *rubric.descriptions)) and len(set(rubric.descriptions)) == 5
+        )
 
 
 def test_inline_keeps_every_word_in_one_turn() -> None:
