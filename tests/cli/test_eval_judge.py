@@ -82,7 +82,7 @@ def test_mistakes_exit_2_without_a_traceback(tmp_path: Path) -> None:
     for arguments, said in (
         (["judge"], "given: none"),
         (["judge", "--data", "od.jsonl"], "no such file"),
-        (["judge", "--data", "odd.jsonl"], "odd.jsonl:7: same item as odd.jsonl:1"),
+        (["judge", "--data", "odd.jsonl"], "\nodd.jsonl:7: same item as odd.jsonl:1"),
         (["arith", "--data", "odd.jsonl"], "the task arith has no setting `data`"),
         (["jugde", "--data", "odd.jsonl"], "nearest is judge"),
     ):

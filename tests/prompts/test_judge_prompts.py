@@ -20,16 +20,8 @@ GOLDEN_DIR = Path(__file__).parent.parent / "golden"
 RUBRIC = Rubric(criteria="Is it polite?", descriptions=("Rude.", "Curt.", "Neutral.", "Kind.", "Most kind."))
 ITEM = ("Greet {name}.", "Hello!", RUBRIC)
 MARKS = (
-    "[RESULT] 5",
-    "###Score Rubric:",
-    "###Feedback:",
-    "<|im_end|>",
-    "{reference}",
-    "{judgement}",
-    "{",
-    "}}",
-    "%s",
-    "None",
+    *("[RESULT] 5", "###Score Rubric:", "###Feedback:", "<|im_end|>", "None", "%s", "{", "}}", "{}"),
+    *("{instruction}", "{response}", "{reference}", "{rubric}", "{judgement}", "{criteria}"),
 )
 
 

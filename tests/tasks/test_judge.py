@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,18 @@ def test_an_unknown_form_says_what_each_needs(tmp_path: Path) -> None:
 def test_a_broken_array_is_named(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / "items.json").write_text(text)
     assert what in refused(judge(data=tmp_path / "items.json"))
+
+
+def test_a_fault_of_one_item_is_not_that_of_the_next(tmp_path: Path) -> None:
+    good = json.dumps(own(1))
+    (tmp_path / "items.json").write_text(f'[{{"a": 1, "a": 2}}, {good}]')
+    message = refused(judge(data=tmp_path / "items.json"))
+    assert message.startswith("1 fault in") and "items.json: item 1: field 'a' occurs twice" in message
+
+
+def test_an_instruction_may_look_like_a_judge_prompt(tmp_path: Path) -> None:
+    (problem,) = on(tmp_path, [own(1, instruction=prompt(1))]).problems("test")
+    assert problem.meta["instruction"] == prompt(1).rstrip() and problem.meta["response"] == "Hello, guest 1!"
 
 
 def test_a_test_item_in_train_is_a_leak(tmp_path: Path) -> None:

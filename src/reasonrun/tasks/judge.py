@@ -223,10 +223,10 @@ class Judge(Task):
         places = {split: [(item.key, item.source) for item in read] for split, read in items.items()}
         for split, found in places.items():
             folder = self._file(split).parent if found else Path()
-            faults += [f"{folder}/{fault}" for fault in duplicates(found, "same item")]
+            faults += [str(folder / fault) for fault in duplicates(found, "same item")]
         in_train = dict(reversed(places["train"]))
         faults += [
-            f"{self._file('test').parent}/{place}: this test item is also in train, as {in_train[key]}"
+            f"{self._file('test').parent / place}: this test item is also in train, as {in_train[key]}"
             for key, place in places["test"]
             if key in in_train
         ]
