@@ -1,4 +1,4 @@
-"""Reading JSON-lines files that people made: every fault is found, named by file and line, and none is skipped.
+"""Reading JSON files that people made: every fault is found, named by file and line or item, and none is skipped.
 
 A reader returns the good rows and the faults; the task adds its own faults and raises them all at once.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +17,13 @@ from reasonrun.errors import RecipeError
 
 MAX_LISTED_FAULTS = 200
 _BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+_NO_CONSTANT = "%s is not JSON; write null or leave the field out"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One good line: where it stands (``file:line``) and its object."""
+    """One good line or item: where it stands (``file:line``, ``file: item N``) and its object."""
 
     place: str
     fields: dict[str, Any]
@@ -52,6 +55,33 @@ def read_json_lines(path: Path, required: Mapping[str, type]) -> tuple[list[Row]
         except _Fault as fault_found:
             cut_off = number == len(lines) and "not valid JSON" in str(fault_found)
             faults.append(f"{place}: {fault_found}{'; the file ends here without a line end' if cut_off else ''}")
+    return rows, faults
+
+
+def read_json(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list[str]]:
+    """``read_json_lines`` for a file that may also be one JSON array of objects; these are named ``file: item N``.
+
+    Raises:
+        RecipeError: there is no such file, or it cannot be read.
+    """
+    content = _content(path).removeprefix(b"\xef\xbb\xbf")
+    if not content.lstrip().startswith(b"["):
+        return read_json_lines(path, required)
+    try:
+        text = content.decode("utf-8").lstrip()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return [], [f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; is the file Latin-1?"]
+    rows: list[Row] = []
+    faults: list[str] = []
+    for number, (value, fault) in enumerate(_array_items(text), start=1):
+        fault = fault or _row_fault(value, required)
+        if fault:
+            faults.append(f"{path}: item {number}: {fault}")
+        else:
+            rows.append(Row(f"{path}: item {number}", value))
+    if not rows and not faults:
+        faults.append(f"{path}:1: the array is empty")
     return rows, faults
 
 
@@ -147,16 +177,55 @@ def _parse(line: bytes, required: Mapping[str, type]) -> dict[str, Any]:
         raise _Fault(f"not valid JSON: {error.msg} in column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
         raise _Fault(f"not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise _Fault(f"must be a JSON object, not {type(value).__name__}")
-    fault = check_row(value, required)
-    if fault:
+    if fault := _row_fault(value, required):
         raise _Fault(fault)
-    return value
+    return value  # type: ignore[no-any-return]
+
+
+def _row_fault(value: Any, required: Mapping[str, type]) -> str:
+    if not isinstance(value, dict):
+        return f"must be a JSON object, not {type(value).__name__}"
+    return check_row(value, required)
+
+
+def _array_items(text: str) -> Iterator[tuple[Any, str]]:
+    """Each item of a JSON array, or what is wrong with it; the last one when the array cannot be read further."""
+    noted: list[str] = []  # a hook that raised would lose the place where the next item begins
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return _unique_keys(pairs)
+        except _Fault as fault:
+            noted.append(str(fault))
+            return dict(pairs)
+
+    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=lambda name: noted.append(_NO_CONSTANT % name))
+    position = _JSON_BLANKS.match(text, 1).end()  # type: ignore[union-attr]
+    closed = text.startswith("]", position)
+    position += closed
+    while not closed:
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield None, f"not valid JSON, and the items after it were not read: {error}"
+            return
+        except (RecursionError, ValueError) as error:
+            yield None, f"not readable as JSON, and the items after it were not read: {error}"
+            return
+        yield value, "; ".join(noted)
+        noted.clear()
+        position = _JSON_BLANKS.match(text, position).end()  # type: ignore[union-attr]
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            yield None, "no comma and no closing bracket before it; the file may be cut off"
+            return
+        position = _JSON_BLANKS.match(text, position + 1).end()  # type: ignore[union-attr]
+    if text[position:].strip():
+        yield None, "text follows the array's closing bracket"
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _Fault(f"{name} is not JSON; write null or leave the field out")
+    raise _Fault(_NO_CONSTANT % name)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

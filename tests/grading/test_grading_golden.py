@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from reasonrun.grading.judgement import JudgementGrader
 from reasonrun.grading.number import NumberGrader
 from reasonrun.grading.symbolic import SymbolicGrader
 from reasonrun.grading.verdict import StepVerdictGrader
@@ -69,3 +70,10 @@ def test_a_neutral_step_counts_as_wrong_where_that_is_asked_for(verdicts: str, a
 def test_written_verdict_is_the_golden_one(row: dict[str, Any]) -> None:
     score = WrittenGrader().grade(problem(""), row["text"], truncated=row["truncated"])
     assert score == expected(row, "written-1")
+
+
+@pytest.mark.parametrize("row", corpus(JudgementGrader.id), ids=lambda row: f"{row['decision']}|{row['text']!a}")
+def test_judgement_verdict_is_the_golden_one(row: dict[str, Any]) -> None:
+    settings = JudgementGrader.Settings(decision=row["decision"], of_others=row["of_others"])
+    score = JudgementGrader(settings).grade(problem(row["reference"]), row["text"], truncated=row["truncated"])
+    assert score == expected(row, "judgement-1")

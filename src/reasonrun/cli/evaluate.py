@@ -9,8 +9,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from reasonrun import plugins
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import PlainProgress
+from reasonrun.errors import RecipeError
 from reasonrun.recipe import load
 from reasonrun.running import RunOptions, run, run_directory
 from reasonrun.workers.signals import StopFlag
@@ -30,9 +32,14 @@ class EvalRequest:
     style: str
     engine: str
     directory: Path | None
+    data: str = ""
 
     def recipe_overrides(self) -> list[str]:
-        """The flags as overrides of the recipe ``eval``; what the user wrote last wins."""
+        """The flags as overrides of the recipe ``eval``; what the user wrote last wins.
+
+        Raises:
+            RecipeError: a file is given for a task that reads none.
+        """
         return [
             f"task.name={self.task}",
             f"engine={self.engine}",
@@ -43,6 +50,7 @@ class EvalRequest:
             f"evaluate.style={self.style}",
             # one turn is no override: the directory's name holds all of them, and older runs must go on
             *([f"evaluate.turns={self.turns}"] if self.turns != 1 else []),
+            *data_overrides(self.task, self.data),
             *self.overrides,
         ]
 
@@ -53,6 +61,18 @@ def model_overrides(model: str) -> list[str]:
         return [f"model={model}"]
     kind, value = ("hub", model[4:]) if model.startswith("hub:") else ("path", str(Path(model).resolve()))
     return ["model.name=null", f"model.{kind}={value}"]
+
+
+def data_overrides(task: str, data: str) -> list[str]:
+    """The file to measure on as the task's setting ``data``."""
+    if not data:
+        return []
+    if "data" not in plugins.find("tasks", task).Settings.model_fields:
+        raise RecipeError(
+            f"--data {data}: the task {task} has no setting `data`, it does not measure on a file of yours",
+            hint="leave --data out, or take a task that reads items from one file, such as judge",
+        )
+    return [f"task.data={data}"]
 
 
 def eval_command(request: EvalRequest, *, as_json: bool) -> None:

@@ -159,6 +159,7 @@ def evaluate(
     num_problems: Annotated[int, typer.Option("--num-problems", help="Only the first so many; 0 is all.")] = 0,
     style: Annotated[str, typer.Option("--style", help="The task's prompt style.")] = "plain",
     engine: Annotated[str, typer.Option("--engine", help="hf or scripted.")] = "hf",
+    data: Annotated[str, typer.Option("--data", help="File of items, for tasks that read one: task.data.")] = "",
     run: Annotated[Path | None, typer.Option("--run", help="Directory of the results.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -176,6 +177,7 @@ def evaluate(
         style=style,
         engine=engine,
         directory=run,
+        data=data,
     )
     eval_command(request, as_json=as_json)
 

@@ -128,8 +128,10 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
             "lower max_new_tokens, which bounds those too, ask for fewer turns, or take a model with a longer context"
         )
     num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
+    source = longest.problem.meta.get("source", "")
+    item = f"problem {longest.problem.id}{f' of {source}' if source else ''}"
     raise RecipeError(
-        f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest (problem {longest.problem.id})"
+        f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest ({item})"
         f"{whole} has {len(longest.all_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens, the"
         f" model's context holds {limit}",
         hint=hint,
