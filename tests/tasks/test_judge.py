@@ -375,7 +375,7 @@ def test_scripted_answers_are_right_or_wrong_on_purpose(tmp_path: Path) -> None:
     assert right[0] > 3 > right[1]
 
 
-def test_styles_openings_and_tables(tmp_path: Path) -> None:
+def test_styles_and_openings(tmp_path: Path) -> None:
     task = on(tmp_path, [own(1)])
     problem = task.problems("test")[0]
     assert (task.opening("plain"), task.opening("score_only")) == ("", "[RESULT]")
@@ -385,7 +385,6 @@ def test_styles_openings_and_tables(tmp_path: Path) -> None:
         "Greet guest 1.", "Hello, guest 1!", rubric, score_only=True
     )
     assert task.question_about(problem, "Fine.") == words.meta("Greet guest 1.", "Hello, guest 1!", rubric, "Fine.")
-    assert set(task.tables([])) == {"judging"}
     with pytest.raises(RecipeError, match="no style 'few_shot'"):
         task.messages(problem, "few_shot")
 
