@@ -181,7 +181,8 @@ class Task(ABC):
         raise NotImplementedError(f"task {self.name} does not know first errors")
 
     def solution(self, problem: Problem) -> str:
-        """Capability ``solution``: a right solution, with steps."""
+        """Capability ``solution``: a right solution, with steps; of a judge's task, the gold judgement. Raises RecipeError
+        where a problem has none."""
         raise NotImplementedError(f"task {self.name} has no solutions")
 
     def correction(self) -> str:

@@ -247,7 +247,7 @@ CHOSEN_TYPES: dict[str, type[SFTExample] | type[PreferenceExample] | type[Prefix
 class LeftOut(Record):
     """A row that curation did not use, and why."""
 
-    rollout_id: str
+    rollout_id: str  # of the problem, where problems alone are curated
     reason: str
 
 

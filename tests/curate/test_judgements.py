@@ -7,6 +7,7 @@ import pytest
 
 from reasonrun.curate.group import Group
 from reasonrun.curate.judgements import PairRule, gold_judgements, judgement_pairs, share_out
+from reasonrun.errors import RecipeError
 from reasonrun.records import Graded, LeftOut, Message, PreferenceExample, Problem, Rollout, Sampling, Score, Segment
 
 RULE = {"strategy": "correct", "margin": 2, "cap": 0, "length_match": False, "seed": 0}
@@ -189,6 +190,15 @@ def test_gold_judgements_with_and_without_feedback():
     plain, bare = gold_judgements(group, styles=["plain", "score_only"], with_feedback=["plain"])
     assert plain.segments[1].token_ids == (5, 16, eos) and bare.segments[1].token_ids == (10, 10, eos)
     assert (plain.segments[0], plain.source) == (prompt, "gold")
+
+
+def test_an_item_without_a_gold_judgement_is_left_out_by_name():
+    def none():
+        raise RecipeError("no gold rationale")
+
+    group = Group(problem=item(), prompt=lambda style: None, gold=lambda: None, solution=none)
+    (left_out,) = gold_judgements(group, styles=["plain"], with_feedback=["plain"])
+    assert left_out == LeftOut(rollout_id="p", reason="no_gold_judgement")
 
 
 @pytest.mark.parametrize("strategy", ["correct", "majority"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from reasonrun.curate.group import Group, curation, imitate
+from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Segment, SFTExample
@@ -195,10 +196,19 @@ def _preference(winner: Graded, loser: Graded, strategy: Strategy) -> Preference
 
 
 @curation(version=1)
-def gold_judgements(group: Group, *, styles: Sequence[str], with_feedback: Sequence[str]) -> Iterator[Example]:
-    """The item's gold judgement, to imitate: its feedback and score in the styles ``with_feedback``, else its score."""
-    for style in styles:
-        text = group.solution() if style in with_feedback else group.direct_answer()
+def gold_judgements(
+    group: Group, *, styles: Sequence[str], with_feedback: Sequence[str]
+) -> Iterator[Example | LeftOut]:
+    """The item's gold judgement, to imitate: its feedback and score in the styles ``with_feedback``, else its score.
+
+    An item without a gold judgement, or without a whole gold score, is left out.
+    """
+    try:
+        texts = [group.solution() if style in with_feedback else group.direct_answer() for style in styles]
+    except RecipeError:
+        yield LeftOut(rollout_id=group.problem.id, reason="no_gold_judgement")
+        return
+    for style, text in zip(styles, texts, strict=True):
         yield SFTExample(
             problem_id=group.problem.id,
             rollout_ids=(),

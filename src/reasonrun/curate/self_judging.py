@@ -39,6 +39,15 @@ class SeedSettings(Settings):
     def trains(self) -> bool:
         return bool(self.num_steps or self.epochs)
 
+    def roles(self, name: str) -> Mapping[str, str]:
+        """Roles of the models that these settings, called ``name``, ask for."""
+        return {self.merge_role: f"{name}.merge_role"} if self.merge_role else {}
+
+    def needs(self) -> Mapping[str, str]:
+        """Styles and capabilities of the task that these settings ask for, each with the setting that does."""
+        gold = {"solution": "epochs"} if set(self.styles) & set(FEEDBACK_STYLES) else {}
+        return dict.fromkeys(self.styles, "styles") | gold if self.trains else {}
+
 
 class JudgeSettings(Settings):
     """How a judge judges the items that it learns from."""
@@ -47,6 +56,10 @@ class JudgeSettings(Settings):
     num_samples: int = setting(8, Effect.SEMANTIC, "Judgements of each item.", ge=2)
     temperature: float = setting(1.0, Effect.SEMANTIC, "Sampling temperature.", gt=0)
     top_p: float = setting(1.0, Effect.SEMANTIC, "Nucleus filter; 1 is off.", gt=0, le=1)
+
+    def needs(self) -> Mapping[str, str]:
+        """As above."""
+        return {self.style: "style"}
 
 
 class PairSettings(Settings):
@@ -74,7 +87,7 @@ class PairSettings(Settings):
         return self
 
     def needs(self) -> Mapping[str, str]:
-        """Capabilities of the task that these settings ask for."""
+        """As above."""
         return {"question_about": "strategy"} if self.strategy == "meta_judge" else {}
 
 

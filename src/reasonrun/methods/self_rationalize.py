@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method, Probe
-from reasonrun.curate.self_judging import (
-    JudgeSettings,
-    PairSettings,
-    SeedSettings,
-    collapse_findings,
-    judgements,
-    paired,
-    seed_judge,
-)
+from reasonrun.curate import self_judging
+from reasonrun.curate.self_judging import JudgeSettings, PairSettings, SeedSettings
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -22,6 +15,9 @@ from reasonrun.training import PreferenceSettings, SFTSettings
 
 if TYPE_CHECKING:
     from reasonrun.lab import Lab
+
+_SFT = SFTSettings(lr=1e-5, schedule="cosine", warmup_ratio=0.1, batch_size=32, max_length=4096)
+_DPO = PreferenceSettings(beta=0.1, lr=5e-7, batch_size=64, max_length=4096)
 
 
 class SelfRationalize(Method):
@@ -39,9 +35,8 @@ class SelfRationalize(Method):
 
     - DPO's beta, learning rate and batch, the number of judgements and of pairs per item are this project's choice.
     - the margin is the loser's distance from the gold score; for a meta-judge, that of the two ratings.
-    - a judgement takes part in one pair; pairs of like length come first; equal texts are paired once.
-    - ``pairs.num_pairs`` fills evenly over the winning scores; no strategy but ``correct`` looks at gold scores.
-    - judgements that cannot be read are left out and counted, never sampled again.
+    - a judgement takes part in one pair, pairs of like length come first, and ``pairs.num_pairs`` fills evenly over the
+      winning scores; judgements that cannot be read are left out and counted, never sampled again.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plain"})
@@ -62,52 +57,43 @@ class SelfRationalize(Method):
         pairs: PairSettings = setting(PairSettings(), Effect.SEMANTIC, "Choice of pairs.")
         epochs: int = setting(1, Effect.SEMANTIC, "Passes over the examples of a round.", ge=1)
         num_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps of a round, instead of epochs; 0 is off.", ge=0)
-        sft: SFTSettings = setting(
-            SFTSettings(lr=1e-5, schedule="cosine", warmup_ratio=0.1, batch_size=32, max_length=4096),
-            Effect.SEMANTIC,
-            "Training on gold judgements, and of learn: chosen.",
-        )
-        dpo: PreferenceSettings = setting(
-            PreferenceSettings(beta=0.1, lr=5e-7, batch_size=64, max_length=4096), Effect.SEMANTIC, "Training on pairs."
-        )
+        sft: SFTSettings = setting(_SFT, Effect.SEMANTIC, "Training on gold judgements, and of learn: chosen.")
+        dpo: PreferenceSettings = setting(_DPO, Effect.SEMANTIC, "Training on pairs.")
 
     def needs(self) -> Mapping[str, str]:
-        config = self.config
-        gold = {"solution": "seed_judge.epochs"} if config.seed_judge.trains else {}
-        styles = dict.fromkeys(config.seed_judge.styles, "seed_judge.styles") | {config.judge.style: "judge.style"}
-        return {**styles, **gold, **{ability: f"pairs.{key}" for ability, key in config.pairs.needs().items()}}
+        parts = ("seed_judge", "judge", "pairs")
+        return {need: f"{part}.{key}" for part in parts for need, key in getattr(self.config, part).needs().items()}
 
     def roles(self) -> Mapping[str, str]:
-        role = self.config.seed_judge.merge_role
-        return {role: "seed_judge.merge_role"} if role else {}
+        return self.config.seed_judge.roles("seed_judge")
 
     def preflight(self) -> Probe | None:
         """A judge that is first taught need not know how; else it must be right now and then, and wrong."""
-        config = self.config
-        if config.seed_judge.trains or not config.rounds:
+        if self.config.seed_judge.trains or not self.config.rounds:
             return None
-        sampling = Sampling(temperature=config.judge.temperature, max_new_tokens=config.max_new_tokens)
-        return Probe(style=config.judge.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
+        sampling = Sampling(temperature=self.config.judge.temperature, max_new_tokens=self.config.max_new_tokens)
+        return Probe(style=self.config.judge.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
 
     def run(self, lab: Lab) -> Checkpoint:
-        config = self.config
-        judge = seed_judge(lab, config.seed_judge, config.sft)
+        config, is_dpo = self.config, self.config.learn == "pairs"
+        judge = self_judging.seed_judge(lab, config.seed_judge, config.sft)
         lab.nominate("seed_judge", judge)
         sizes = [config.num_items[min(t, len(config.num_items) - 1)] for t in range(config.rounds)]
         parts = lab.problems("train").parts(sizes, lab.rng("items"))
         for number in lab.rounds(config.rounds):
             lab.evaluate(judge)
-            judged = judgements(lab, judge, parts[number - 1], config.judge, config.max_new_tokens)
+            judged = self_judging.judgements(lab, judge, parts[number - 1], config.judge, config.max_new_tokens)
+            rows = self_judging.paired(lab, judge, judged, config.pairs, config.learn, config.max_new_tokens)
             judge = lab.train(
-                "preference" if config.learn == "pairs" else "sft",
-                paired(lab, judge, judged, config.pairs, config.learn, config.max_new_tokens),
+                "preference" if is_dpo else "sft",
+                rows,
                 start=judge,
-                reference=judge if config.learn == "pairs" else None,
-                settings=config.dpo if config.learn == "pairs" else config.sft,
+                reference=judge if is_dpo else None,
+                settings=config.dpo if is_dpo else config.sft,
                 num_steps=config.num_steps,
                 num_epochs=0 if config.num_steps else config.epochs,
             )
         return judge
 
     def findings(self, lab: Lab) -> list[str]:
-        return collapse_findings(lab)
+        return self_judging.collapse_findings(lab)

@@ -244,7 +244,7 @@ def _conserving(
 ) -> Iterator[Chosen | LeftOut]:
     """The outcomes of one problem, checked at the end: rows in = rows used + rows left out (promise G17).
 
-    A row may serve several examples, never none in silence.
+    A row may serve several examples, never none in silence. Where only problems are curated, the problem is the row.
     """
     used: set[str] = set()
     dropped: list[str] = []
@@ -252,9 +252,9 @@ def _conserving(
         if isinstance(outcome, LeftOut):
             dropped.append(outcome.rollout_id)
         else:
-            used.update(outcome.rollout_ids)
+            used.update(outcome.rollout_ids if rows else [problem_id])
         yield outcome
-    given = {row.rollout.id for graded in rows for row in graded}
+    given = {row.rollout.id for graded in rows for row in graded} if rows else {problem_id}
     missing, twice = given - used - set(dropped), len(dropped) - len(set(dropped)) + len(used & set(dropped))
     foreign = (used | set(dropped)) - given
     if missing or twice or foreign:
