@@ -148,12 +148,15 @@ def test_the_control_imitates_the_winners_of_the_same_pairs():
     assert {row.rollout_id for row in outcomes if isinstance(row, LeftOut) and row.reason == "lost"} == losers
 
 
-def test_shares_cut_an_item_short_and_say_so():
+def test_shares_name_the_pairs_that_an_item_gives():
     judged = judgements(4, 1, 4, 2)
-    outcomes = curated(judged, shares={"p": 1})
-    assert sum(isinstance(row, PreferenceExample) for row in outcomes) == 1
-    assert Counter(row.reason for row in outcomes if isinstance(row, LeftOut)) == {"over_num_pairs": 2}
-    assert {row.reason for row in curated(judged, shares={})} == {"over_num_pairs"}
+    both = [row.rollout_ids for row in curated(judged) if isinstance(row, PreferenceExample)]
+    for place in (0, 1):
+        outcomes = curated(judged, shares={"p": [place]})
+        assert [row.rollout_ids for row in outcomes if isinstance(row, PreferenceExample)] == [both[place]]
+        left_out = {row.rollout_id: row.reason for row in outcomes if isinstance(row, LeftOut)}
+        assert left_out == dict.fromkeys(both[1 - place], "not_drawn")
+    assert {row.reason for row in curated(judged, shares={})} == {"not_drawn"}
 
 
 def graded_set(items):
@@ -161,20 +164,42 @@ def graded_set(items):
     return SimpleNamespace(problems=[problem for problem, _ in items], of_problem=by_id.__getitem__)
 
 
-def test_rare_scores_come_as_often_as_frequent_ones_while_they_last():
-    ones = [(item(f"one{n}", "1"), judgements(1, 5, 1, 4, item_id=f"one{n}")) for n in range(10)]
-    fives = [(item(f"five{n}", "5"), judgements(5, 1, 5, 2, item_id=f"five{n}")) for n in range(2)]
-    judged = graded_set(ones + fives)
+ONES = [(item(f"one{n}", "1"), judgements(1, 5, 1, 4, item_id=f"one{n}")) for n in range(10)]
+FIVES = [(item(f"five{n}", "5"), judgements(5, 1, 5, 2, item_id=f"five{n}")) for n in range(2)]
+
+
+def taken(judged, **how):
+    """How often a score won over another, and the shares."""
     rule = PairRule(**RULE)
-    shares = share_out(judged, None, rule, num_pairs=8, balance=True)
-    by_score = Counter({"one": 0, "five": 0})
-    for name, count in shares.items():
-        by_score[name.rstrip("0123456789")] += count
-    assert by_score == {"one": 4, "five": 4}
-    assert {shares[name] for name in shares if name.startswith("one")} == {1}  # other items before second pairs
-    assert sum(share_out(judged, None, rule, num_pairs=1000, balance=True).values()) == 24
-    random_order = share_out(judged, None, rule, num_pairs=12, balance=False)
-    assert sum(random_order.values()) == 12 and set(random_order.values()) == {1}
+    shares = share_out(judged, None, rule, **how)
+    counts = Counter()
+    for problem in judged.problems:
+        found = rule.pairs(problem.id, problem.reference, judged.of_problem(problem.id), ()).pairs
+        for place in shares.get(problem.id, ()):
+            counts[tuple(int(row.score.answer) for row in found[place])] += 1
+    return counts, shares
+
+
+def test_rare_scores_come_as_often_as_frequent_ones_while_they_last():
+    judged = graded_set(ONES + FIVES)
+    counts, shares = taken(judged, num_pairs=8, balance="winning")
+    winners = Counter()
+    for (winner, _), count in counts.items():
+        winners[winner] += count
+    assert winners == {1: 4, 5: 4}
+    assert {tuple(places) for name, places in shares.items() if name.startswith("one")} == {(0,)}  # before second pairs
+    assert taken(judged, num_pairs=1000, balance="winning")[0].total() == 24
+    in_any_order, shares = taken(judged, num_pairs=12, balance="none")
+    assert in_any_order.total() == 12 and {tuple(places) for places in shares.values()} == {(0,)}
+
+
+def test_no_score_wins_more_often_over_another_than_it_loses():
+    judged = graded_set(ONES + FIVES)
+    counts, _ = taken(judged, num_pairs=0, balance="both")
+    # 1 over 5 ten times and 5 over 1 twice; 1 over 4 and 5 over 2 have no counterpart
+    assert counts == {(1, 5): 2, (5, 1): 2}
+    assert taken(judged, num_pairs=2, balance="both")[0] == {(1, 5): 1, (5, 1): 1}
+    assert taken(graded_set(ONES), num_pairs=0, balance="both")[0] == {}
 
 
 def test_gold_judgements_with_and_without_feedback():

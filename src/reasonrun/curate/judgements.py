@@ -6,7 +6,8 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from reasonrun.curate.group import Group, curation, imitate
 from reasonrun.errors import RecipeError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Strategy = Literal["correct", "majority", "meta_judge"]
 Learnt = Literal["pairs", "chosen"]
+Balance = Literal["none", "winning", "both"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,18 +97,21 @@ class Found:
 
 
 def share_out(
-    judged: GradedSet, rated: GradedSet | None, rule: PairRule, *, num_pairs: int, balance: bool
-) -> dict[str, int]:
-    """How many pairs each item may give, so that there are ``num_pairs`` in all.
+    judged: GradedSet, rated: GradedSet | None, rule: PairRule, *, num_pairs: int, balance: Balance
+) -> dict[str, list[int]]:
+    """Which of its pairs each item gives, by their places, so that there are at most ``num_pairs`` in all.
 
-    With ``balance`` the items take turns by the score that wins, so that rare scores are learnt, too; else they come in a
-    random order. Each item's first pair comes before any item's second one.
+    An item's first pair comes before any item's second one; items come in a random order.
+
+    A judge can learn from pairs that some scores win more often than others, which has nothing to do with what it reads.
+    ``winning`` takes pairs in turns by the score that wins. ``both`` takes them in turns by the two scores, and as often
+    a over b as b over a, so that no score is favoured; what has no counterpart is not taken.
 
     Args:
         judged: judgements of items.
         rated: ratings of them, for the strategy that reads some.
         rule: which pairs there are.
-        num_pairs: how many to take.
+        num_pairs: how many to take; 0 takes all that ``balance`` allows.
         balance: see above.
     """
     found = {
@@ -115,19 +121,24 @@ def share_out(
         for item in judged.problems
     }
     ranked = sorted(found, key=lambda item_id: derive_seed("share_out", rule.seed, item_id))
-    by_score: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    queues: dict[tuple[int, ...], list[tuple[int, int, str]]] = defaultdict(list)
     for place, item_id in enumerate(ranked):
-        for number, (winner, _) in enumerate(found[item_id]):
-            by_score[_score(winner) if balance else 0].append((number, place, item_id))
-    queues = [sorted(queue) for _, queue in sorted(by_score.items())]
-    shares: Counter[str] = Counter()
-    turn = 0
-    while shares.total() < num_pairs and any(turn < len(queue) for queue in queues):
-        for queue in queues:
-            if turn < len(queue) and shares.total() < num_pairs:
-                shares[queue[turn][2]] += 1
-        turn += 1
-    return dict(shares)
+        for number, (winner, loser) in enumerate(found[item_id]):
+            keys = {"none": (), "winning": (_score(winner),), "both": (_score(winner), _score(loser))}
+            queues[keys[balance]].append((number, place, item_id))
+    waiting = {key: sorted(queue) for key, queue in sorted(queues.items())}
+    if balance == "both":
+        waiting = {key: queue[: len(waiting.get(key[::-1], ()))] for key, queue in waiting.items()}
+    shares: dict[str, list[int]] = defaultdict(list)
+    for number, _, item_id in islice(_in_turns(list(waiting.values())), num_pairs or None):
+        shares[item_id].append(number)
+    return {item_id: sorted(numbers) for item_id, numbers in shares.items()}
+
+
+def _in_turns(queues: Sequence[Sequence[T]]) -> Iterator[T]:
+    """The first of every queue, then the second of every queue that has one …"""
+    for turn in range(max(map(len, queues), default=0)):
+        yield from (queue[turn] for queue in queues if turn < len(queue))
 
 
 @curation(version=1)
@@ -141,7 +152,7 @@ def judgement_pairs(
     length_match: bool,
     seed: int,
     learnt: Learnt = "pairs",
-    shares: Mapping[str, int] | None = None,
+    shares: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[Example | LeftOut]:
     """Preference pairs of judgements of one item (Trivedi et al. 2024, arXiv 2410.05495), or their winners alone.
 
@@ -151,12 +162,12 @@ def judgement_pairs(
         ratings: judgements with a judge's rating, for the strategy ``meta_judge``. They are rows of ``judged`` again.
         strategy, margin, cap, length_match, seed: see ``PairRule``.
         learnt: ``pairs``, or ``chosen``: the winners of the same pairs, to imitate.
-        shares: how many pairs an item may give (``share_out``); None is no limit.
+        shares: which of its pairs an item gives (``share_out``); None is all.
     """
     rule = PairRule(strategy=strategy, margin=margin, cap=cap, length_match=length_match, seed=seed)
     rated = [row for rows in ratings for row in rows]
     found = rule.pairs(group.problem.id, group.problem.reference, judged, rated)
-    pairs = found.pairs if shares is None else found.pairs[: shares.get(group.problem.id, 0)]
+    pairs = found.pairs if shares is None else [found.pairs[place] for place in shares.get(group.problem.id, ())]
     used: set[str] = set()
     for winner, loser in pairs:
         used.add(winner.rollout.id)
@@ -166,7 +177,7 @@ def judgement_pairs(
             continue
         used.add(loser.rollout.id)
         yield _preference(winner, loser, strategy)
-    beyond_share = {row.rollout.id for pair in found.pairs[len(pairs) :] for row in pair}
+    beyond_share = {row.rollout.id for pair in found.pairs if pair not in pairs for row in pair}
     losers = {loser.rollout.id for _, loser in pairs}
     for row in judged:
         if row.rollout.id not in used:
@@ -179,7 +190,7 @@ def _why_not(row: Graded, found: Found, beyond_share: set[str], losers: set[str]
     if row.rollout.id in losers:
         return "lost"
     if row.rollout.id in beyond_share:
-        return "over_num_pairs"
+        return "not_drawn"
     return found.reason or "not_paired"
 
 

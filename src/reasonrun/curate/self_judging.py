@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from pydantic import model_validator
-
-from reasonrun.curate.judgements import Learnt, PairRule, Strategy, gold_judgements, judgement_pairs, share_out
+from reasonrun.curate.judgements import Balance, Learnt, PairRule, Strategy, gold_judgements, judgement_pairs, share_out
 from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.judging import judging_findings
 from reasonrun.records import Checkpoint, Message, Problem, Rollout, Sampling
@@ -76,15 +74,13 @@ class PairSettings(Settings):
     )
     per_item: int = setting(2, Effect.SEMANTIC, "Most pairs of an item; 0 is no cap.", ge=0)
     num_pairs: int = setting(0, Effect.SEMANTIC, "Most pairs of a round; 0 is all.", ge=0)
-    balance: bool = setting(True, Effect.SEMANTIC, "Fill num_pairs evenly over the winning scores.")
+    balance: Balance = setting(
+        "both",
+        Effect.SEMANTIC,
+        "Take pairs in turns by the score that wins (winning), or by both scores, as often a over b as b over a (both).",
+    )
     length_match: bool = setting(True, Effect.SEMANTIC, "Take pairs of nearly equal length first.")
     num_ratings: int = setting(1, Effect.SEMANTIC, "meta_judge: ratings of each judgement.", ge=1)
-
-    @model_validator(mode="after")
-    def _balance_needs_a_number(self) -> Self:
-        if "balance" in self.model_fields_set and self.balance and not self.num_pairs:
-            raise ValueError("balance fills num_pairs evenly: give num_pairs, too")
-        return self
 
     def needs(self) -> Mapping[str, str]:
         """As above."""
@@ -113,7 +109,7 @@ def paired(
         seed=lab.seed,
     )
     shares = None
-    if config.num_pairs:
+    if config.num_pairs or config.balance != "none":
         shares = share_out(judged, rated, rule, num_pairs=config.num_pairs, balance=config.balance)
     return lab.curate(
         judgement_pairs,

@@ -35,8 +35,9 @@ class SelfRationalize(Method):
 
     - DPO's beta, learning rate and batch, the number of judgements and of pairs per item are this project's choice.
     - the margin is the loser's distance from the gold score; for a meta-judge, that of the two ratings.
-    - a judgement takes part in one pair, pairs of like length come first, and ``pairs.num_pairs`` fills evenly over the
-      winning scores; judgements that cannot be read are left out and counted, never sampled again.
+    - a judgement takes part in one pair, pairs of like length come first, and a score wins over another one as often as
+      it loses to it (``pairs.balance``): else what is learnt is which scores are frequent.
+    - judgements that cannot be read are left out and counted, never sampled again.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"plain"})
@@ -65,7 +66,7 @@ class SelfRationalize(Method):
         return {need: f"{part}.{key}" for part in parts for need, key in getattr(self.config, part).needs().items()}
 
     def roles(self) -> Mapping[str, str]:
-        return self.config.seed_judge.roles("seed_judge")
+        return dict(self.config.seed_judge.roles("seed_judge"))
 
     def preflight(self) -> Probe | None:
         """A judge that is first taught need not know how; else it must be right now and then, and wrong."""
