@@ -260,7 +260,7 @@ def summarise(one: SweepRun, out: Path, ending: Ending, position: int) -> dict[s
 
 def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
     """A method that trains nothing ends with one measurement, of its last and only policy."""
-    parts = {part: result[part] for part in ("greedy", "sampled", "correction") if part in result}
+    parts = {part: result[part] for part in ("greedy", "sampled", "correction", "judging") if part in result}
     return {"last": parts} if parts else {}
 
 
@@ -268,7 +268,12 @@ def _headline(row: Mapping[str, Any]) -> dict[str, Any]:
     parts = {part: row[part]["accuracy"] for part in ("greedy", "sampled") if part in row}
     changes = {part: overall(section) for part, section in row.get("correction", {}).items()}
     last = {f"{part}_last_attempt": change["accuracy_last"] for part, change in changes.items()}
-    return {"step": row["step"], **parts, **last}
+    judged = {
+        f"{part}_pearson": table["pearson"]["value"]
+        for part, table in row.get("judging", {}).items()
+        if "pearson" in table
+    }
+    return {"step": row["step"], **parts, **last, **judged}
 
 
 def _train_metrics(row: Mapping[str, Any]) -> dict[str, float]:

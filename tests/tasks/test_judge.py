@@ -152,13 +152,25 @@ def test_splits_are_disjoint_and_dev_keeps_pairs_whole(tmp_path: Path) -> None:
     assert {p.meta["pair"] for p in judge(path=tmp_path, num_dev=4).problems("dev")} == set(pairs["dev"])
 
 
+def test_without_a_test_file_test_is_carved_from_train_whatever_the_order(tmp_path: Path) -> None:
+    rows = [own(number) for number in range(12)]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "turned.jsonl", rows[::-1])
+    files = {"train_path": tmp_path / "train.jsonl"}, {"train_path": tmp_path / "turned.jsonl"}
+    first, turned = (judge(num_dev=3, num_test=4, **file) for file in files)
+    ids = {split: {problem.id for problem in first.problems(split)} for split in ("train", "dev", "test")}
+    assert {split: len(found) for split, found in ids.items()} == {"train": 5, "dev": 3, "test": 4}
+    assert len(set().union(*ids.values())) == 12
+    assert all({problem.id for problem in turned.problems(split)} == found for split, found in ids.items())
+
+
 def test_an_empty_split_says_why(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [own(1)])
     only_data, only_train = on(tmp_path, [own(1)]), judge(train_path=tmp_path / "train.jsonl", num_dev=1)
     assert "split train is empty: task.data is for measuring only" in refused(only_data, "train")
     assert "split dev is empty: task.data is for measuring only" in refused(only_data, "dev")
-    assert "split train is empty: num_dev=1 took all 1 items" in refused(only_train, "train")
-    assert "split test is empty: test_path is not set" in refused(only_train)
+    assert "split train is empty: num_dev=1 and num_test=0 took all items" in refused(only_train, "train")
+    assert "split test is empty: there is neither a test file nor num_test" in refused(only_train)
     assert "no split 'val'" in refused(only_train, "val")
 
 

@@ -63,7 +63,12 @@ class Judge(Task):
         )
         num_train: int = setting(0, Effect.SEMANTIC, "Training items at most, a pair is one; 0 takes all.", ge=0)
         num_dev: int = setting(500, Effect.SEMANTIC, "Items carved from train for the dev split; 0 for none.", ge=0)
-        num_test: int = setting(0, Effect.SEMANTIC, "Test items at most; 0 takes all.", ge=0)
+        num_test: int = setting(
+            0,
+            Effect.SEMANTIC,
+            "Test items at most; 0 takes all. Without a test file so many are carved from train.",
+            ge=0,
+        )
 
     def __init__(self, config: Settings) -> None:
         super().__init__(config)
@@ -253,20 +258,26 @@ class Judge(Task):
     @cached_property
     def _splits(self) -> dict[str, tuple[list[JudgeItem | JudgePair], str]]:
         """The items of each split, and what emptied it where it is empty."""
-        config, train = self.config, self._loaded["train"]
-        ranked = sorted(train, key=lambda item: digest(["judge-dev", item.id]))
-        dev = {item.id for item in ranked[: config.num_dev]}
+        config, train, test = self.config, self._loaded["train"], self._loaded["test"][: self.config.num_test or None]
+        if not self._loaded["test"] and train:
+            test, train = _carved(train, config.num_test, "judge-test")
+        dev, kept = _carved(train, config.num_dev, "judge-dev")
         only = "task.data is for measuring only, its items are the split test" if config.data else ""
         unset = only or "train_path is not set"
-        kept = [item for item in train if item.id not in dev]
+        whole = f"num_dev={config.num_dev} and num_test={config.num_test} took all items of train"
         return {
-            "train": (
-                kept[: config.num_train or None],
-                f"num_dev={config.num_dev} took all {len(train)} items of train" if train else unset,
-            ),
-            "dev": ([item for item in train if item.id in dev], "num_dev is 0" if train else unset),
-            "test": (self._loaded["test"][: config.num_test or None], "test_path is not set"),
+            "train": (kept[: config.num_train or None], whole if self._loaded["train"] else unset),
+            "dev": (dev, "num_dev is 0" if train else whole if self._loaded["train"] else unset),
+            "test": (test, "there is neither a test file nor num_test, the items to carve from train"),
         }
+
+
+def _carved(
+    items: list[JudgeItem | JudgePair], count: int, salt: str
+) -> tuple[list[JudgeItem | JudgePair], list[JudgeItem | JudgePair]]:
+    """``count`` items chosen by their content, whatever the order of the file, and the others."""
+    chosen = {item.id for item in sorted(items, key=lambda item: digest([salt, item.id]))[:count]}
+    return [item for item in items if item.id in chosen], [item for item in items if item.id not in chosen]
 
 
 def _judged(response: str, rubric: words.Rubric, reference: str) -> dict[str, Any]:
