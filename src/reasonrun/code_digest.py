@@ -20,6 +20,7 @@ _PURE = (
     "judging.py",
     "chains.py",
     "rendering.py",
+    "special_tokens.py",
     "verbs/curating.py",
     "credit.py",
     "on_policy.py",
