@@ -16,6 +16,7 @@ from reasonrun.contracts import Method, Task
 
 _PURE = (
     "metrics.py",
+    "merging.py",
     "correction.py",
     "judging.py",
     "chains.py",

@@ -201,6 +201,7 @@ _ACTUAL_UNITS = {
     "sample": "num_rollouts",
     "grade": "num_rollouts",
     "train": "num_steps",
+    "merge": "num_models",
     "curate": "num_rows",
     "cut": "num_rows",
     "logprobs": "num_pairs",
