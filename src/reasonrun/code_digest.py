@@ -16,12 +16,14 @@ from reasonrun.contracts import Method, Task
 
 _PURE = (
     "metrics.py",
+    "merging.py",
     "correction.py",
     "judging.py",
     "judged_pairs.py",
     "agreement.py",
     "chains.py",
     "rendering.py",
+    "special_tokens.py",
     "verbs/curating.py",
     "credit.py",
     "on_policy.py",

@@ -10,7 +10,17 @@ from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import digest
 from reasonrun.settings import Effect
 
-_HOLD_ALL_ELSE = ("problems", "sample", "grade", "judge", "evaluate", "preflight", "logprobs", "evaluate_pairs")
+_HOLD_ALL_ELSE = (
+    "problems",
+    "sample",
+    "grade",
+    "judge",
+    "evaluate",
+    "preflight",
+    "logprobs",
+    "evaluate_pairs",
+    "merge",
+)
 """Verbs whose fingerprints hold all that a method passes to them, so that methods may differ."""
 
 

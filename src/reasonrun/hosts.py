@@ -17,7 +17,7 @@ from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.trainers.scripted import ScriptedTrainer
-from reasonrun.training import TrainJob, TrainKind, TrainResult
+from reasonrun.training import MergeJob, TrainJob, TrainKind, TrainResult
 from reasonrun.verbs.context import Host, TokenPair, Unit
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class InProcessHost:
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._trainer.train(job, events)
+
+    def merge(self, job: MergeJob) -> None:
+        self._trainer.merge(job)
 
     def close(self) -> None:
         self._engine.close()
@@ -89,6 +92,11 @@ class WorkerHost:
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._training_worker(job.kind).train(job, events, retry=retry)
 
+    def merge(self, job: MergeJob) -> None:
+        from reasonrun.workers.merging import merge_in_process
+
+        merge_in_process(job, self._run_dir.record_worker, self._interrupted)
+
     @property
     def num_starts(self) -> int:
         """Worker processes started so far."""
@@ -127,6 +135,9 @@ class EndpointHost:
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
         return self._local.train(job, events, retry)
+
+    def merge(self, job: MergeJob) -> None:
+        self._local.merge(job)
 
     def close(self) -> None:
         for engine in self._engines.values():

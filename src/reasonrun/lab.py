@@ -24,6 +24,7 @@ from reasonrun.verbs.curating import CurateJob, curate, cut, group_of
 from reasonrun.verbs.evaluating import Evaluation, evaluate
 from reasonrun.verbs.grading import grade
 from reasonrun.verbs.judging import Verdicts, judge
+from reasonrun.verbs.merging import merge
 from reasonrun.verbs.preflight import PREFLIGHT_PROBLEMS, PREFLIGHT_SAMPLES, look
 from reasonrun.verbs.sampling import SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
@@ -308,6 +309,23 @@ class Lab:
             keep_optimizer=keep_optimizer,
         )
         return train(self._context, request)
+
+    def merge(
+        self, models: Sequence[Checkpoint], weights: Sequence[float] | None = None, *, name: str = "merge"
+    ) -> Checkpoint:
+        """A new checkpoint: the average of the weights of several models of one architecture and tokenizer.
+
+        Args:
+            models: two or more; configs, tokenizer and data types of the result are the first one's.
+            weights: their shares, which sum to 1; equal ones unless given.
+            name: the step's name within the scope.
+
+        Raises:
+            RecipeError: the models do not fit together, or the weights do not sum to 1.
+            RunFailed: the result is not finite.
+        """
+        shares = [1 / len(models) for _ in models] if weights is None else weights
+        return merge(self._context, self._claim(name), models, shares)
 
     def nominate(self, name: str, policy: Checkpoint) -> None:
         """Have ``policy`` tested at the end of the run, under ``name``, beside the last one and the best one on dev."""

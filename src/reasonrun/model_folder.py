@@ -1,8 +1,9 @@
-"""What the files of a Hugging Face model folder say, read without transformers."""
+"""What the files of a Hugging Face model folder say, read without transformers, and those that training leaves as they are."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,23 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 # Tokenizers without a limit of their own write a number near 1e30 there.
 _NO_LIMIT = 10**9
+
+INDEX_NAME = "model.safetensors.index.json"
+# What belongs to tokenizer and chat template, and the configs. Training changes none of them, so they are copied byte
+# for byte: writing them anew would change their digest with every version of transformers.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
 
 
 class ModelFolder:
@@ -107,7 +125,7 @@ class ModelFolder:
                 missing.
         """
         present = {path.name for path in self.path.glob("*.safetensors")}
-        indexed = self._json("model.safetensors.index.json").get("weight_map", {})
+        indexed = self._json(INDEX_NAME).get("weight_map", {})
         missing = sorted(set(indexed.values()) - present)
         if missing:
             raise EnvironmentProblem(
@@ -144,3 +162,13 @@ class ModelFolder:
                 f"{path} cannot be read: {error}", hint="Copy the file again from its source."
             ) from error
         return content if isinstance(content, dict) else {}
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Copy configs, tokenizer and chat template from one model folder into another."""
+    for pattern in _COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name)
+            else:
+                shutil.copyfile(path, target / path.name)

@@ -202,6 +202,7 @@ _ACTUAL_UNITS = {
     "grade": "num_rollouts",
     "judge": "num_rollouts",
     "train": "num_steps",
+    "merge": "num_models",
     "curate": "num_rows",
     "cut": "num_rows",
     "logprobs": "num_pairs",

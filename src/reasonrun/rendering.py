@@ -1,9 +1,11 @@
 """Messages to token ids and back: the only place that does either, in supervisor and workers alike.
 
 Built on ``tokenizers`` and a sandboxed ``jinja2``, because importing transformers costs seconds and torch. The result
-equals ``AutoTokenizer.apply_chat_template``; two things differ on purpose. A template that asks for today's date gets
-a fixed one, so that a prompt does not depend on the day. A template that rewrites earlier turns is refused for a
-conversation that goes on, because its next turn could not be appended to the ids that were sampled.
+equals ``AutoTokenizer.apply_chat_template``; three things differ on purpose. A special token that stands in a message, such
+as ``<|im_end|>``, is encoded as the text it is, so that only the template ends turns and names roles; transformers makes
+the token of it. A template that asks for today's date gets a fixed one, so that a prompt does not depend on the day. A
+template that rewrites earlier turns is refused for a conversation that goes on, because its next turn could not be appended
+to the ids that were sampled.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tokenizers.decoders import DecodeStream
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.model_folder import ModelFolder
 from reasonrun.records import Message, digest
+from reasonrun.special_tokens import Hidden, SpecialTokens
 
 # The date that Meta's own Llama 3 template falls back to when it cannot read a clock.
 _FIXED_DATE = datetime(2024, 7, 26, tzinfo=UTC)
@@ -54,6 +57,7 @@ class Renderer:
         self._special_tokens = folder.special_tokens
         self.eos_ids = folder.eos_ids(self._tokenizer.token_to_id)
         self.context_length = folder.context_length()
+        self._specials = SpecialTokens(self._tokenizer, self.eos_ids, self._template_source)
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Renderer:
@@ -90,10 +94,25 @@ class Renderer:
         Raises:
             RecipeError: the model's chat template refuses these messages.
         """
-        return self.encode(self._text(messages, generation_prompt=True)) + self.encode(opening)
+        messages, hidden = self._hidden(messages)
+        return self._ids(self._text(messages, generation_prompt=True), hidden) + self.encode(opening)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of ``text`` alone: no beginning- or end-of-sequence token is added."""
+        """Ids of ``text`` alone: no beginning- or end-of-sequence token is added, and none that it spells comes of it."""
+        (shown,), hidden = self._specials.hide([text])
+        return self._ids(shown, hidden)
+
+    def _hidden(self, messages: Sequence[Message]) -> tuple[Sequence[Message], Hidden | None]:
+        """The messages with marks for the special tokens in them, which only ``_ids`` knows to read."""
+        contents, hidden = self._specials.hide([message.content for message in messages])
+        if hidden is None:
+            return messages, None
+        pairs = zip(messages, contents, strict=True)
+        return [Message(role=message.role, content=content) for message, content in pairs], hidden
+
+    def _ids(self, text: str, hidden: Hidden | None) -> tuple[int, ...]:
+        if hidden is not None:
+            return self._specials.encode(text, hidden)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -134,7 +153,8 @@ class Renderer:
         Raises:
             RecipeError: the template refuses the messages, or rewrites the turns before them.
         """
-        bridge_ids = self.encode(self._bridge(messages))
+        messages, hidden = self._hidden(messages)
+        bridge_ids = self._ids(self._bridge(messages), hidden)
         end = self._turn_end(bridge_ids)
         ended = bool(completion_ids) and completion_ids[-1] in self.eos_ids
         return (*prompt_ids, *completion_ids, *(bridge_ids[end:] if ended else bridge_ids))

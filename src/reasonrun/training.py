@@ -202,6 +202,14 @@ class TrainJob(Record):
     on_policy: OnPolicyJob | None = None  # instead of rows
 
 
+class MergeJob(Record):
+    """One merge, complete. ``weights`` sum to 1; the model goes into ``final/`` of the empty folder ``out_dir``."""
+
+    models: tuple[Checkpoint, ...]
+    weights: tuple[float, ...]
+    out_dir: str
+
+
 class TrainResult(Record):
     """What a finished training step reports. ``metrics`` are means over the last tenth of the steps unless named."""
 

@@ -8,25 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reasonrun.errors import RunFailed
+from reasonrun.model_folder import copy_all_but_weights
 
 if TYPE_CHECKING:
     import torch
 
-# What belongs to tokenizer and chat template, and the configs. Training changes none of them, so they are copied byte
-# for byte: writing them anew would change their digest with every version of transformers.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-)
 _MOMENTS_FILE = "adamw.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -54,12 +40,7 @@ def write_model(model: Any, start_dir: Path, target: Path) -> None:
     staged = target.with_name(target.name + ".partial")
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(staged)
-    for pattern in _COPIED:
-        for source in sorted(start_dir.glob(pattern)):
-            if source.is_dir():
-                shutil.copytree(source, staged / source.name)
-            else:
-                shutil.copyfile(source, staged / source.name)
+    copy_all_but_weights(start_dir, staged)
     commit_folder(staged, target)
 
 

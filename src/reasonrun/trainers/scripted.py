@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from reasonrun.contracts import Engine, TrainEvents
 from reasonrun.on_policy import Collector, plan_problems
-from reasonrun.records import digest
+from reasonrun.records import Checkpoint, digest
 from reasonrun.trainers.shared_prefixes import merge
-from reasonrun.training import OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult
+from reasonrun.training import MergeJob, OnPolicyJob, PolicyGradientSettings, TrainJob, TrainResult
 
 
 class ScriptedTrainer:
@@ -26,10 +26,7 @@ class ScriptedTrainer:
 
     def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
         """One more training in the checkpoint's history. The folder's digest depends on rows, start and settings."""
-        final = Path(job.out_dir) / "final"
-        final.mkdir(parents=True)
-        start = Path(job.start.path) / "scripted.json"
-        trained = json.loads(start.read_text())["num_trainings"] if start.exists() else 0
+        final, trained = Path(job.out_dir) / "final", _num_trainings(job.start)
         rows: list[object] = [Path(path).stat().st_size for path in job.rows]
         result = TrainResult(
             num_steps=job.num_steps, num_tokens=0, num_padded_tokens=0, metrics={"loss": 1.0 / (trained + 1)}
@@ -44,13 +41,19 @@ class ScriptedTrainer:
             "num_trainings": trained + 1,
             "source": digest([job.start.weights, rows, job.settings, job.num_steps, job.seed]),
         }
-        text = json.dumps(content, sort_keys=True)
-        (final / "scripted.json").write_text(text)
+        text = _write(final, content)
         optimizer = Path(job.out_dir) / "optimizer"  # so that the next training can carry it on
         optimizer.mkdir()
         (optimizer / "scripted.json").write_text(text)
-        save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
         return result
+
+    def merge(self, job: MergeJob) -> None:
+        """A checkpoint that has learnt what the best of the merged ones has; its digest depends on all and their weights."""
+        content = {
+            "num_trainings": max(map(_num_trainings, job.models)),
+            "source": digest([[model.weights for model in job.models], list(job.weights)]),
+        }
+        _write(Path(job.out_dir) / "final", content)
 
     def _on_policy(self, job: TrainJob, spec: OnPolicyJob, events: TrainEvents) -> TrainResult:
         settings = PolicyGradientSettings.model_validate(job.settings)
@@ -76,3 +79,16 @@ class ScriptedTrainer:
             num_padded_tokens=num_tokens,
             metrics={"loss": 0.0, "reward": rewards[-1], "mean_reward": float(np.mean(rewards))},
         )
+
+
+def _num_trainings(checkpoint: Checkpoint) -> int:
+    script = Path(checkpoint.path) / "scripted.json"
+    return int(json.loads(script.read_text())["num_trainings"]) if script.exists() else 0
+
+
+def _write(final: Path, content: dict[str, object]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    final.mkdir(parents=True)
+    (final / "scripted.json").write_text(text)
+    save_file({"script": np.frombuffer(text.encode(), dtype=np.uint8)}, final / "model.safetensors")
+    return text

@@ -20,7 +20,7 @@ from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Checkpoint, Message, Problem, Rollout
 from reasonrun.rendering import Renderer
 from reasonrun.samples import Extent
-from reasonrun.training import TrainJob, TrainResult
+from reasonrun.training import MergeJob, TrainJob, TrainResult
 
 Unit = tuple[int, Sequence[Request]]
 TokenPair = tuple[Sequence[int], Sequence[int]]
@@ -37,6 +37,8 @@ class Host(Protocol):
     def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]: ...
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult: ...
+
+    def merge(self, job: MergeJob) -> None: ...
 
     def close(self) -> None: ...
 
