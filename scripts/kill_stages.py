@@ -1,9 +1,9 @@
 """Kill a real run once in each of its stages and compare weights and curated rows with an undisturbed run.
 
-    python scripts/kill_stages.py [star_arith] [step_dpo_arith] [score_arith]
+    python scripts/kill_stages.py [star_arith] [step_dpo_arith] [score_arith] [self_rationalize_arith]
 
 Hugging Face engine, real trainers and the carried model on the CPU. The supervisor is killed with SIGKILL while it
-samples, grades, localizes, rectifies, trains, takes over a checkpoint and evaluates; after each kill the same command
+samples, grades, localizes, rectifies, judges, rates, pairs, trains, takes over a checkpoint and evaluates; after each kill the same command
 continues. Prints one JSON line for each recipe; exits 1 when a byte differs or a stage was never hit.
 """
 
@@ -43,6 +43,16 @@ OVERRIDES = {
         "method.rl.checkpoint_every=2",
         "method.rl.batch_size=16",
     ],
+    "self_rationalize_arith": [
+        "method.pairs.strategy=meta_judge",
+        "method.num_items=[20,10]",
+        "method.num_steps=8",
+        "method.seed_judge.num_steps=4",
+        "method.pairs.margin=1",
+        "method.sft.checkpoint_every=2",
+        "method.dpo.checkpoint_every=2",
+        "method.dpo.batch_size=8",
+    ],
 }
 STAGES = {
     "star_arith": {
@@ -61,8 +71,24 @@ STAGES = {
         "Stage II": "stage2-001/train",
         "Stage II, carried on": "stage2-002/train",
     },
+    "self_rationalize_arith": {
+        "first judge": "seed/train",
+        "judge": "round-001/judge",
+        "read": "round-001/read",
+        "rate": "round-001/rate/ask",
+        "pairs": "round-001/pairs",
+        "DPO": "round-001/train",
+        "DPO of round 2": "round-002/train",
+    },
 }
-SAMPLES = ("sample", "greedy", "rectify")  # steps with a log of rows, which is to hold some when the kill comes
+SAMPLES = (
+    "sample",
+    "greedy",
+    "rectify",
+    "judge",
+    "ask",
+)  # steps with a log of rows, which is to hold some when the kill comes
+FINDING = 5  # exit code of a run that finished with something to say
 UNCOMPARED = {"attempts", "derived", "quarantine", "lock"}
 
 
@@ -87,7 +113,7 @@ def kill_inside(recipe: str, directory: Path, step: str) -> bool:
     while process.poll() is None:
         begun = (folder / "step.json").exists() and not (folder / "_OK.json").exists()
         if begun and (any(folder.glob("wal*.jsonl")) or not step.endswith(SAMPLES)):
-            time.sleep(1.0 if step.endswith("train") else 0.0 if step.endswith("grade") else 0.2)
+            time.sleep(1.0 if step.endswith("train") else 0.2 if step.endswith(SAMPLES) else 0.0)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             return not (folder / "_OK.json").exists()
@@ -99,7 +125,8 @@ def check(recipe: str) -> bool:
     """Kill and continue a run of ``recipe`` in all its stages, and print how it compares with one left alone."""
     with tempfile.TemporaryDirectory(prefix="reasonrun-stages-") as folder:
         clean, killed = Path(folder) / "clean", Path(folder) / "killed"
-        if start(recipe, clean).wait() != 0:
+        ended = start(recipe, clean).wait()
+        if ended not in (0, FINDING):
             raise SystemExit((Path(folder) / "clean.log").read_text())
         hit = {stage: kill_inside(recipe, killed, step) for stage, step in STAGES[recipe].items()}
         process = start(recipe, killed, fault="ckpt.mid_file:kill")
@@ -109,10 +136,10 @@ def check(recipe: str) -> bool:
         differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         weights = [name for name in expected if name.endswith(".safetensors")]
         line = {"hit": hit, "exit": final, "files": len(expected), "weights": len(weights), "differ": differ[:10]}
-        print(json.dumps({"recipe": recipe, "equal": not differ and final == 0, **line}))
-        if differ or final:
+        print(json.dumps({"recipe": recipe, "equal": not differ and final == ended, **line}))
+        if differ or final != ended:
             print((Path(folder) / "killed.log").read_text()[-3000:], file=sys.stderr)
-        return not differ and not final and all(hit.values())
+        return not differ and final == ended and all(hit.values())
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ class Task(ABC):
     """A source of problems and the way to put and check them.
 
     ``styles`` are the prompt styles that ``messages`` knows; ``capabilities`` the optional abilities, each the method of
-    that name (segment, first_error, solution, correction, question_about). ``prompt_version`` is bumped whenever a
+    that name (segment, first_error, solution, correction, gold_score, question_about). ``prompt_version`` is bumped whenever a
     rendered prompt changes.
     """
 
@@ -189,6 +189,11 @@ class Task(ABC):
         """Capability ``correction``: the user's turn that asks for the solution once more, with any error corrected; it
         never tells whether the answer was right."""
         raise NotImplementedError(f"task {self.name} has no turn that asks again")
+
+    def gold_score(self, problem: Problem) -> float | None:
+        """Capability ``gold_score``, of tasks whose answers are judgements: the score from 1 to 5 that is right; None where
+        none is known."""
+        raise NotImplementedError(f"task {self.name} has no scores")
 
     def question_about(self, problem: Problem, text: str) -> tuple[Message, ...]:
         """Capability ``question_about``: a conversation that asks a judge to score an answer from 1 to 5 after

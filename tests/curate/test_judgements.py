@@ -52,8 +52,12 @@ def names(found):
     return {(winner.rollout.id, loser.rollout.id) for winner, loser in found.pairs}
 
 
+def gold_of(problem):
+    return float(problem.reference) if problem.reference else None
+
+
 def pairs(judged, gold="4", rated=(), **changed):
-    return PairRule(**{**RULE, **changed}).pairs("p", gold, judged, list(rated))
+    return PairRule(**{**RULE, **changed}).pairs("p", gold_of(item(gold=gold)), judged, list(rated))
 
 
 def test_the_winner_has_the_gold_score_and_the_loser_is_the_margin_away():
@@ -114,7 +118,12 @@ def test_pairs_of_like_length_come_first():
 
 
 def curated(judged, *rated, gold="4", **changed):
-    group = Group(problem=item(gold=gold), prompt=lambda style: None, gold=lambda: None)
+    group = Group(
+        problem=item(gold=gold),
+        prompt=lambda style: None,
+        gold=lambda: None,
+        gold_score=lambda: gold_of(item(gold=gold)),
+    )
     return list(judgement_pairs(group, judged, *rated, **{**RULE, **changed}))
 
 
@@ -171,10 +180,10 @@ FIVES = [(item(f"five{n}", "5"), judgements(5, 1, 5, 2, item_id=f"five{n}")) for
 def taken(judged, **how):
     """How often a score won over another, and the shares."""
     rule = PairRule(**RULE)
-    shares = share_out(judged, None, rule, **how)
+    shares = share_out(judged, None, rule, gold=gold_of, **how)
     counts = Counter()
     for problem in judged.problems:
-        found = rule.pairs(problem.id, problem.reference, judged.of_problem(problem.id), ()).pairs
+        found = rule.pairs(problem.id, gold_of(problem), judged.of_problem(problem.id), ()).pairs
         for place in shares.get(problem.id, ()):
             counts[tuple(int(row.score.answer) for row in found[place])] += 1
     return counts, shares

@@ -25,11 +25,11 @@ class Group:
     ``prompt(style)`` renders the task's messages in that style for the policy: a segment without loss. A hinted
     rollout is stored against the bare prompt this way, never by cutting ids. ``gold()`` is the task's own answer
     without a rationale, closed by the end-of-sequence token; ``direct_answer()`` is its text. ``answer(style, text)``
-    are the segments of an answer in a style, its opening without loss, closed by the same token. ``steps(rollout,
-    how)`` cuts a completion into steps
-    (``labels``, ``lines``, or ``task`` for the task's own), or says why it cannot. ``first_error(text)`` and
-    ``solution()`` are the task's, for tasks that have them. ``written_steps(text, how)`` are the ids of the steps of a
-    text that somebody else wrote, without their labels, the last one closed by the end-of-sequence token.
+    are the segments of an answer in a style, its opening without loss, closed by the same token. ``steps(rollout, how)``
+    cuts a completion into steps (``labels``, ``lines``, or ``task`` for the task's own), or says why it cannot.
+    ``first_error(text)``, ``solution()`` and ``gold_score()`` are the task's, for tasks that have them.
+    ``written_steps(text, how)`` are the ids of the steps of a text that somebody else wrote, without their labels, the
+    last one closed by the end-of-sequence token.
     ``texts(text, how)`` are those steps as text. ``encode`` and ``decode`` are the policy's tokenizer, special tokens left
     out. ``next_turn(rollout, said)`` are the ids of the prompt that follows a rollout and the user's next message.
     ``context_length`` is the model's, in tokens. A test that makes a group by hand may leave out what its function does
@@ -48,6 +48,7 @@ class Group:
     decode: Callable[[Sequence[int]], str] = _absent
     next_turn: Callable[[Rollout, str], tuple[int, ...]] = _absent
     first_error: Callable[[str], int | str] = _absent
+    gold_score: Callable[[], float | None] = _absent
     solution: Callable[[], str] = _absent
     context_length: int = 1 << 30
 

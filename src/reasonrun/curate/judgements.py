@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -13,7 +13,7 @@ from reasonrun.curate.group import Group, curation, imitate
 from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Segment, SFTExample
+from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Problem, Segment, SFTExample
 
 if TYPE_CHECKING:
     from reasonrun.samples import GradedSet
@@ -43,12 +43,12 @@ class PairRule:
     length_match: bool
     seed: int
 
-    def pairs(self, item_id: str, gold: str, judged: Sequence[Graded], rated: Sequence[Graded]) -> Found:
+    def pairs(self, item_id: str, gold: float | None, judged: Sequence[Graded], rated: Sequence[Graded]) -> Found:
         """The pairs of one item, best matched first.
 
         Args:
             item_id: the item.
-            gold: its gold score, empty where there is none; only ``correct`` looks at it.
+            gold: its gold score, None where there is none; only ``correct`` looks at it.
             judged: its judgements.
             rated: some of them, with a judge's rating as the score; only ``meta_judge`` looks at them.
         """
@@ -57,7 +57,7 @@ class PairRule:
             return Found(reason="nothing_read")
         if self.strategy == "meta_judge":
             return self._choose(item_id, self._by_rating(read, rated))
-        target = _gold_score(gold) if self.strategy == "correct" else _mode(read)
+        target = gold if self.strategy == "correct" else _mode(read)
         if target is None:
             return Found(reason="no_gold" if self.strategy == "correct" else "no_majority")
         winners = [row for row in read if abs(_score(row) - target) <= 0.5]
@@ -97,7 +97,13 @@ class Found:
 
 
 def share_out(
-    judged: GradedSet, rated: GradedSet | None, rule: PairRule, *, num_pairs: int, balance: Balance
+    judged: GradedSet,
+    rated: GradedSet | None,
+    rule: PairRule,
+    *,
+    gold: Callable[[Problem], float | None],
+    num_pairs: int,
+    balance: Balance,
 ) -> dict[str, list[int]]:
     """Which of its pairs each item gives, by their places, so that there are at most ``num_pairs`` in all.
 
@@ -111,12 +117,13 @@ def share_out(
         judged: judgements of items.
         rated: ratings of them, for the strategy that reads some.
         rule: which pairs there are.
+        gold: the gold score of an item.
         num_pairs: how many to take; 0 takes all that ``balance`` allows.
         balance: see above.
     """
     found = {
         item.id: rule.pairs(
-            item.id, item.reference, judged.of_problem(item.id), rated.of_problem(item.id) if rated else ()
+            item.id, gold(item), judged.of_problem(item.id), rated.of_problem(item.id) if rated else ()
         ).pairs
         for item in judged.problems
     }
@@ -166,7 +173,7 @@ def judgement_pairs(
     """
     rule = PairRule(strategy=strategy, margin=margin, cap=cap, length_match=length_match, seed=seed)
     rated = [row for rows in ratings for row in rows]
-    found = rule.pairs(group.problem.id, group.problem.reference, judged, rated)
+    found = rule.pairs(group.problem.id, group.gold_score(), judged, rated)
     pairs = found.pairs if shares is None else [found.pairs[place] for place in shares.get(group.problem.id, ())]
     used: set[str] = set()
     for winner, loser in pairs:
@@ -226,13 +233,6 @@ def gold_judgements(
             segments=(group.prompt(style), *group.answer(style, text)),
             source="gold",
         )
-
-
-def _gold_score(gold: str) -> float | None:
-    try:
-        return float(gold)
-    except ValueError:
-        return None
 
 
 def _mode(read: Sequence[Graded]) -> int | None:

@@ -110,7 +110,9 @@ def paired(
     )
     shares = None
     if config.num_pairs or config.balance != "none":
-        shares = share_out(judged, rated, rule, num_pairs=config.num_pairs, balance=config.balance)
+        shares = share_out(
+            judged, rated, rule, gold=lab.task.gold_score, num_pairs=config.num_pairs, balance=config.balance
+        )
     return lab.curate(
         judgement_pairs,
         *(judged, *([rated] if rated is not None else [])),

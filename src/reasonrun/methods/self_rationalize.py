@@ -40,7 +40,7 @@ class SelfRationalize(Method):
     - judgements that cannot be read are left out and counted, never sampled again.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"plain"})
+    requires: ClassVar[frozenset[str]] = frozenset({"gold_score"})
     trains = ("sft", "preference")
 
     class Settings(SettingsBase):

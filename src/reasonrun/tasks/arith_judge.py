@@ -43,7 +43,7 @@ class ArithJudge(Task):
     name = "arith_judge"
     prompt_version = words.VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "score_only"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "question_about"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "gold_score", "question_about"})
     reads_logps = True
 
     class Settings(ChainSettings):
@@ -80,6 +80,10 @@ class ArithJudge(Task):
     def solution(self, problem: Problem) -> str:
         """The gold judgement in the form that the carried model writes."""
         return judgement_text(_steps_of(problem))
+
+    def gold_score(self, problem: Problem) -> float:
+        """One plus four times the share of right steps, rounded down."""
+        return float(problem.reference)
 
     def question_about(self, problem: Problem, text: str) -> tuple[Message, ...]:
         """Asks how many of a judgement's own calculations are right: they are put as a solution to be scored.

@@ -34,7 +34,7 @@ class Judge(Task):
     name = "judge"
     prompt_version = words.VERSION
     styles: ClassVar[frozenset[str]] = frozenset({"plain", "score_only"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "question_about"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "gold_score", "question_about"})
 
     class Settings(SettingsBase):
         """What a recipe can say about ``judge``."""
@@ -134,6 +134,10 @@ class Judge(Task):
                 f"task judge: item {_where(problem)} has {lack}", hint="take items with feedbacks for their gold scores"
             )
         return rationale
+
+    def gold_score(self, problem: Problem) -> float | None:
+        """The gold score, maybe a mean over annotators; None for pairs."""
+        return float(problem.reference) if problem.reference not in ("", "A", "B") else None
 
     def question_about(self, problem: Problem, text: str) -> tuple[Message, ...]:
         """Asks to judge the judgement ``text`` of the item's response.

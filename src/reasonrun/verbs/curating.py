@@ -235,6 +235,7 @@ def group_of(ctx: Context, problem: Problem) -> Group:
         ),
         first_error=lambda text: task.first_error(problem, text),
         solution=lambda: task.solution(problem),
+        gold_score=lambda: task.gold_score(problem),
         context_length=renderer.context_length,
     )
 
