@@ -3,8 +3,8 @@
     python scripts/kill_stages.py [star_arith] [step_dpo_arith] [score_arith] [self_rationalize_arith]
 
 Hugging Face engine, real trainers and the carried model on the CPU. The supervisor is killed with SIGKILL while it
-samples, grades, localizes, rectifies, judges, rates, pairs, trains, takes over a checkpoint and evaluates; after each kill the same command
-continues. Prints one JSON line for each recipe; exits 1 when a byte differs or a stage was never hit.
+samples, grades, localizes, rectifies, judges, pairs, trains, takes over a checkpoint and evaluates; after each kill the same
+command continues. Prints one JSON line for each recipe; exits 1 when a byte differs or a stage was never hit.
 """
 
 from __future__ import annotations
