@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
-from reasonrun.records import FinishReason, Message, Record, Sampling
+from reasonrun.records import FinishReason, Message, Record, Sampling, digest
 from reasonrun.settings import Effect, Settings, setting
 
 
@@ -37,6 +37,18 @@ class Usage(NamedTuple):
 
     prompt: int
     completion: int
+
+
+def price(usage: Usage, prompt_price: float, completion_price: float) -> float | None:
+    """What tokens cost, given prices per million; None when no price is known."""
+    if not (prompt_price or completion_price):
+        return None
+    return (usage.prompt * prompt_price + usage.completion * completion_price) / 1e6
+
+
+def endpoint_weights(model: str) -> str:
+    """What stands for the digest of the weights of a model behind an endpoint, of which only the name is known."""
+    return digest(["endpoint", model])
 
 
 class Completion(Record):
@@ -71,6 +83,33 @@ class EndpointSettings(Settings):
     max_retries: int = setting(
         5, Effect.OPERATIONAL, "How often a request that failed is tried again, with growing pauses.", ge=0
     )
+
+    prompt_price: float = setting(
+        0.0, Effect.OPERATIONAL, "USD per million tokens of prompts, for reports; 0 is unknown.", ge=0
+    )
+    completion_price: float = setting(
+        0.0, Effect.OPERATIONAL, "USD per million tokens of completions, for reports; 0 is unknown.", ge=0
+    )
+    max_cost: float = setting(
+        0.0,
+        Effect.OPERATIONAL,
+        "USD that a run may spend on this model before it stops, resumably; what is under way still comes in. 0 is no limit.",
+        ge=0,
+    )
+
+    @property
+    def weights(self) -> str:
+        return endpoint_weights(self.model)
+
+    def cost(self, usage: Usage) -> float | None:
+        """USD; None when no price is known."""
+        return price(usage, self.prompt_price, self.completion_price)
+
+    @model_validator(mode="after")
+    def _limit_has_prices(self) -> Self:
+        if self.max_cost and not (self.prompt_price or self.completion_price):
+            raise ValueError("max_cost needs prompt_price or completion_price: without prices nothing reaches it")
+        return self
 
     @field_validator("url")
     @classmethod

@@ -110,7 +110,7 @@ def checked(
 
 def remote(endpoint: EndpointSettings) -> Checkpoint:
     """A model behind an endpoint, of which only the name is known; nothing is asked of the server."""
-    return Checkpoint(path=endpoint.url, weights=digest(["endpoint", endpoint.model]), tokenizer="", remote=True)
+    return Checkpoint(path=endpoint.url, weights=endpoint.weights, tokenizer="", remote=True)
 
 
 def weights_digest(model_dir: str | Path) -> str:

@@ -68,6 +68,7 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
             "code": code_digests(method, recipe.classes["task"]),
             "versions": versions(),
             CONDITIONS: conditions(recipe),
+            "endpoints": _endpoints(recipe),  # read by report/spending.py
         },
         reopen=options.redo is not None or further,
     ) as run_dir:
@@ -264,6 +265,13 @@ def _smaller(change: FieldChange) -> bool:
 
 def _described(change: FieldChange) -> str:
     return f"{change.path}: {change.old!r} -> {change.new!r} ({change.effect})"
+
+
+def _endpoints(recipe: ResolvedRecipe) -> dict[str, dict[str, Any]]:
+    """Models and prices of endpoints by role: prices may change under a run, and reports take the last ones."""
+    fields = {"model", "prompt_price", "completion_price"}
+    found = recipe.further_models.items()
+    return {role: model.endpoint.model_dump(mode="json", include=fields) for role, model in found if model.endpoint}
 
 
 def _refuse_other_recipe(run_dir: RunDir, recipe: ResolvedRecipe) -> None:

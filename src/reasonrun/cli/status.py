@@ -12,6 +12,7 @@ from reasonrun.cli.main import print_json
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 from reasonrun.report.run_record import attempt_notes, check_is_run
+from reasonrun.report.spending import Spending, format_spending, spending, spending_document
 
 
 def status_command(run: Path | None, *, as_json: bool) -> None:
@@ -45,6 +46,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "num_steps": len(rows),
         "steps": rows,
         "seconds": seconds_by_step(attempt_notes(run)),
+        "endpoints": spending_document(spending(run, rows)),
         "result": json.loads(done.read_text())["content"]["result"] if done.exists() else None,
     }
 
@@ -53,6 +55,8 @@ def describe(run: Path, state: dict[str, Any]) -> list[str]:
     """A run as text: its state, its rounds, its result."""
     lines = [f"{run}: {state['state']}, {state['num_steps']} steps committed, {state['num_attempts']} attempts", ""]
     lines += format_table(round_table(state["steps"], state["seconds"]))
+    if state["endpoints"]:
+        lines += ["", *format_spending([Spending(**line) for line in state["endpoints"]])]
     if state["result"] and "test" in state["result"]:
         lines += ["", *format_result(state["result"])]
         lines += [f"finding: {finding}" for finding in state["result"].get("findings", ())]

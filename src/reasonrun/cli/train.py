@@ -15,6 +15,7 @@ from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 from reasonrun.report.run_record import attempt_notes
+from reasonrun.report.spending import format_spending, spending
 from reasonrun.running import Outcome, RunOptions, run, run_directory
 from reasonrun.workers.signals import StopFlag
 
@@ -75,6 +76,8 @@ def show(outcome: Outcome) -> None:
         typer.echo(line)
     for finding in outcome.result.get("findings", ()):
         typer.echo(f"finding: {finding}")
+    for line in format_spending(spending(directory, rows)):
+        typer.echo(line)
     last = outcome.result["last"]["step"]
     model = directory / "steps" / last / "model" if last != "base" else "the base model"
     typer.echo(f"model: {model}")

@@ -14,6 +14,7 @@ from reasonrun.metrics import ROUNDING, Difference, items_needed, mcnemar_exact,
 from reasonrun.report.evaluations import EvaluationPart, evaluation_steps, part_steps, read_part
 from reasonrun.report.rounds import seconds_by_step
 from reasonrun.report.run_record import RunRecord, attempt_notes
+from reasonrun.report.spending import spending, total
 
 ABSENT = "(absent)"
 SIGNIFICANCE = 0.05
@@ -38,6 +39,9 @@ class Cost:
     num_trained_tokens: int
     num_optimizer_steps: int
     seconds: float
+    num_endpoint_prompt_tokens: int
+    num_endpoint_completion_tokens: int  # which are among those generated
+    endpoint_usd: float | None  # where prices of all endpoints are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +224,11 @@ def cost(run: RunRecord) -> Cost:
     tokens = {row["step"]: row["num_completion_tokens"] for row in run.rows if "num_completion_tokens" in row}
     trainings: Sequence[Mapping[str, Any]] = [row for row in run.rows if row["verb"] == "train"]
     seconds, listed = seconds_by_step(attempt_notes(run.path)), {row["step"] for row in run.rows}
+    asked = total([line for line in spending(run.path, run.rows) if line.step])
     return Cost(
+        num_endpoint_prompt_tokens=asked.num_prompt_tokens,
+        num_endpoint_completion_tokens=asked.num_completion_tokens,
+        endpoint_usd=asked.usd if asked.model else None,
         num_generated_tokens=sum(count for step, count in tokens.items() if step not in evaluations),
         num_evaluation_tokens=sum(count for step, count in tokens.items() if step in evaluations),
         num_trained_tokens=sum(row["num_tokens"] for row in trainings),

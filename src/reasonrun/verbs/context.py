@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from reasonrun.contracts import Grader, Task, TrainEvents
 from reasonrun.errors import RunConflict
-from reasonrun.generation import Completion, Request
+from reasonrun.generation import Completion, Request, Usage
 from reasonrun.ledger.borrowing import Donors
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
@@ -104,6 +104,7 @@ class Context:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)  # by curation step: its counts by reason
     donors: Donors | None = None  # other runs that may have made a step already
     borrowed: set[str] = field(default_factory=set)  # steps taken from them in this attempt
+    spent: dict[tuple[str, str], Usage] = field(default_factory=dict)  # on endpoints, by (weights, url)
     _renderers: dict[str, Renderer] = field(default_factory=dict)
 
     @property

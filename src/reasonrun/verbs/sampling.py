@@ -21,6 +21,7 @@ from reasonrun.records import Checkpoint, Rollout, Sampling
 from reasonrun.samples import Extent, ProblemSet, RolloutSet
 from reasonrun.sets import Rows
 from reasonrun.verbs.context import Context, PlannedStep, Unit
+from reasonrun.verbs.spending import affordable, check_affordable, count, count_committed, count_logged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +86,8 @@ def sample(ctx: Context, job: SampleJob) -> RolloutSet:
         _check_context(ctx, job)
         with ctx.timed(job.name, "sample"):
             step = _generate(ctx, job, step)
+    else:
+        count_committed(ctx, job.policy, step)
     ctx.record(step, "sample", new=new)
     _plan(ctx, job, step)
     rows = Rows.load(Rollout, step.table_paths("rows"), ctx.cache_dir)
@@ -140,14 +143,19 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     total = len(job.asks) * job.n
     wal = step.wal()
     missing = wal.missing(total)
+    count_logged(ctx, job.policy, wal)
     ctx.progress.begin(job.name, total, total - len(missing))
     if len(missing):
         in_flight = _InFlight()
-        for _, completions in ctx.host.generate(job.policy, _units(job, missing, ctx.host.unit_rows, in_flight)):
+        units = affordable(ctx, job.policy, _units(job, missing, ctx.host.unit_rows, in_flight))
+        for _, completions in ctx.host.generate(job.policy, units):
+            for completion in completions:
+                count(ctx, job.policy, completion.usage)
             wal.append([(in_flight.take(c.request) * job.n + c.index, logged(c)) for c in completions])
             ctx.progress.advance(job.name, len(completions))
             ctx.check_stop()
     wal.flush()
+    check_affordable(ctx, job.policy, job.name, len(wal.missing(total)))
     counts: Counter[str] = Counter()
     step.seal_table("rows", Rollout, _counted(ctx, job, wal, total, counts))
     served = {name: counts.pop(name, 0) for name in ("num_prompt_tokens", "num_empty", "num_without_usage")}
