@@ -146,9 +146,10 @@ def test_a_limit_counts_the_steps_before(tmp_path, stub):
     execute(tmp_path / "one", stub, *PRICES)
     num = len(stub.answered)
     with serving(Stub()) as other:
-        with pytest.raises(Stopped, match="step round-002/localize/ask"):
-            execute(tmp_path / "two", other, *two, *PRICES, f"models.judge.endpoint.max_cost={num * EACH:.6f}")
-        assert len(other.asked) == num
+        for _ in range(2):  # the second time round 1 is replayed, and counts all the same
+            with pytest.raises(Stopped, match="step round-002/localize/ask"):
+                execute(tmp_path / "two", other, *two, *PRICES, f"models.judge.endpoint.max_cost={num * EACH:.6f}")
+            assert len(other.asked) == num
 
 
 def test_a_limit_without_prices_is_a_mistake_and_a_plan_pays_nothing(stub):
