@@ -20,7 +20,7 @@ from typing import Any
 from reasonrun.metrics import mean_interval_over_seeds
 
 FIRST = "self_rationalize_arith"
-ARMS = ("", "_m1", "_majority", "_meta_judge", "_rft_chosen", "_score_only", "_score_only_inference")
+ARMS = ("", "_sft", "_m1", "_majority", "_meta_judge", "_rft_chosen", "_score_only", "_score_only_inference")
 PARTS = ("greedy", "sampled")
 Section = dict[str, Any]
 
@@ -34,6 +34,7 @@ PLAIN: dict[str, Callable[[Section], float]] = {
     "Kendall": lambda table: table["kendall"]["value"] or 0.0,
     "entropy": lambda table: table["entropy_bits"],
     "tokens": lambda table: table["mean_num_tokens"],
+    "unread %": lambda table: 100 * table["unread_share"],
 }
 DRAWS: dict[str, Callable[[Section], float]] = {
     "one draw": lambda table: table["exact"]["value"],
@@ -69,7 +70,7 @@ def print_table(arms: dict[str, list[dict[str, Any]]], part: str) -> None:
         tables = [section(run, which, part) for run in runs]
         cells = [cell([value(table) for table in tables]) for value in PERCENT.values()]
         for name, value in PLAIN.items():
-            digits = 1 if name == "tokens" else 2
+            digits = 1 if name in ("tokens", "unread %") else 2
             cells.append(cell([value(table) for table in tables], scale=1, digits=digits))
         print(f"| {label} | {len(runs) if which != 'base' else '-'} | {' | '.join(cells)} |")
 
@@ -116,6 +117,10 @@ def main() -> None:
     for summary in sorted(summaries, key=lambda one: (order.index(one["recipe"]), one["seed"])):
         if summary["exit_code"] == 0:
             arms.setdefault(summary["recipe"], []).append(summary)
+        else:
+            print(f"not in the tables: {summary['recipe']} seed {summary['seed']}, exit {summary['exit_code']}")
+    if FIRST not in arms:
+        raise SystemExit(f"{folder} holds no finished run of {FIRST}")
     for part in PARTS:
         print(f"\n{part}")
         print_table(arms, part)

@@ -33,10 +33,10 @@ def find_recipe(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise RecipeError(f"{recipe} is a folder", hint="name a recipe file in it")
     if str(recipe) in shipped():
         return recipes_dir() / f"{recipe}.yaml"
+    if path.is_dir():
+        raise RecipeError(f"{recipe} is a folder", hint="name a recipe file in it")
     here = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.suffix else []
     guess = nearest(str(recipe), here) or nearest(path.stem, shipped())
     also = f"; nearest is {guess}" if guess else ""

@@ -80,9 +80,10 @@ class ProblemSet:
             )
         shuffled = rng.sample(self.problems, len(self.problems))
         share = len(self.problems) / self.extent.expected if len(self.problems) else 0.0
+        least = 1 if share < 1 else 0
         parts, start = [], 0
         for size in sizes:
-            count = min(len(shuffled), max(1, round(size * share)))
+            count = min(len(shuffled), max(least, round(size * share)))
             start = min(start, len(shuffled) - count)
             parts.append(replace(self, problems=shuffled[start : start + count], extent=Extent.of(size)))
             start += count

@@ -87,7 +87,7 @@ def test_the_first_judge_learns_gold_judgements_in_both_styles(finished):
         (["method.pairs.strategy=meta_judge", "method.pairs.margin=1"], PreferenceExample),
         (["method.learn=chosen"], SFTExample),
         (["method.judge.style=score_only", "evaluate.style=score_only"], PreferenceExample),
-        (["method.pairs.balance=none", "method.pairs.num_pairs=0", "method.pairs.margin=1"], PreferenceExample),
+        (["method.pairs.balance=none", "method.pairs.num_pairs=[0]", "method.pairs.margin=1"], PreferenceExample),
     ],
 )
 def test_every_arm_runs_and_is_replayed_without_work(tmp_path, overrides, kind):

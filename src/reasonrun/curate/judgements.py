@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from reasonrun.curate.group import Group, curation, imitate
 from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST
+from reasonrun.metrics import ROUNDING
 from reasonrun.randomness import derive_seed
 from reasonrun.records import Example, Graded, LeftOut, PreferenceExample, Problem, Segment, SFTExample
 
@@ -68,7 +69,9 @@ class PairRule:
         width = HIGHEST - LOWEST
         rating = {row.rollout.id: width * row.score.value for row in rated if row.score.value is not None}
         known = [row for row in read if row.rollout.id in rating]
-        return [(a, b) for a in known for b in known if rating[a.rollout.id] - rating[b.rollout.id] >= self.margin]
+        # means of ratings differ by rounding from what they are
+        least = self.margin - ROUNDING
+        return [(a, b) for a in known for b in known if rating[a.rollout.id] - rating[b.rollout.id] >= least]
 
     def _choose(self, item_id: str, candidates: list[tuple[Graded, Graded]]) -> Found:
         random.Random(derive_seed("judgement_pairs", self.seed, item_id)).shuffle(candidates)
@@ -79,11 +82,11 @@ class PairRule:
         texts: set[str] = set()
         for winner, loser in candidates:
             ids = {winner.rollout.id, loser.rollout.id}
-            repeated = {winner.rollout.text, loser.rollout.text} & texts
-            if taken & ids or repeated or (self.cap and len(chosen) == self.cap):
+            said = {winner.rollout.text, loser.rollout.text}
+            if taken & ids or said & texts or len(said) == 1 or (self.cap and len(chosen) == self.cap):
                 continue
             taken |= ids
-            texts |= {winner.rollout.text, loser.rollout.text}
+            texts |= said
             chosen.append((winner, loser))
         return Found(pairs=tuple(chosen), reason="" if chosen else "no_pair")
 
@@ -160,6 +163,7 @@ def judgement_pairs(
     seed: int,
     learnt: Learnt = "pairs",
     shares: Mapping[str, Sequence[int]] | None = None,
+    undrawn: str = "not_drawn",
 ) -> Iterator[Example | LeftOut]:
     """Preference pairs of judgements of one item (Trivedi et al. 2024, arXiv 2410.05495), or their winners alone.
 
@@ -170,6 +174,7 @@ def judgement_pairs(
         strategy, margin, cap, length_match, seed: see ``PairRule``.
         learnt: ``pairs``, or ``chosen``: the winners of the same pairs, to imitate.
         shares: which of its pairs an item gives (``share_out``); None is all.
+        undrawn: why a pair is not among them.
     """
     rule = PairRule(strategy=strategy, margin=margin, cap=cap, length_match=length_match, seed=seed)
     rated = [row for rows in ratings for row in rows]
@@ -188,16 +193,16 @@ def judgement_pairs(
     losers = {loser.rollout.id for _, loser in pairs}
     for row in judged:
         if row.rollout.id not in used:
-            yield LeftOut(rollout_id=row.rollout.id, reason=_why_not(row, found, beyond_share, losers))
+            yield LeftOut(rollout_id=row.rollout.id, reason=_why_not(row, found, beyond_share, losers) or undrawn)
 
 
-def _why_not(row: Graded, found: Found, beyond_share: set[str], losers: set[str]) -> str:
+def _why_not(row: Graded, found: Found, beyond_share: set[str], losers: set[str]) -> str | None:
     if row.score.answer is None:
         return f"unread: {row.score.reason}"
     if row.rollout.id in losers:
         return "lost"
     if row.rollout.id in beyond_share:
-        return "not_drawn"
+        return None
     return found.reason or "not_paired"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from pydantic import NonNegativeInt
 
 from reasonrun.curate.judgements import Balance, Learnt, PairRule, Strategy, gold_judgements, judgement_pairs, share_out
 from reasonrun.grading.judgement import HIGHEST, LOWEST
@@ -24,7 +26,12 @@ class SeedSettings(Settings):
 
     num_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps, instead of epochs; 0 is off.", ge=0)
     epochs: int = setting(1, Effect.SEMANTIC, "Passes over the gold judgements; 0 starts from the base model.", ge=0)
-    num_items: int = setting(0, Effect.SEMANTIC, "Training items whose gold judgements are learnt; 0 is all.", ge=0)
+    num_items: int = setting(
+        0,
+        Effect.SEMANTIC,
+        "Training items whose gold judgements are learnt, which the rounds then do not see; 0 is all, seen or not.",
+        ge=0,
+    )
     styles: tuple[str, ...] = setting(
         ("plain",), Effect.SEMANTIC, "Prompt styles to learn; score_only learns the score alone.", min_length=1
     )
@@ -73,14 +80,20 @@ class PairSettings(Settings):
         2, Effect.SEMANTIC, "Least distance of the loser, in points of the scale.", ge=1, le=HIGHEST - LOWEST
     )
     per_item: int = setting(2, Effect.SEMANTIC, "Most pairs of an item; 0 is no cap.", ge=0)
-    num_pairs: int = setting(0, Effect.SEMANTIC, "Most pairs of a round; 0 is all.", ge=0)
+    num_pairs: tuple[NonNegativeInt, ...] = setting(
+        (0,),
+        Effect.SEMANTIC,
+        "Most pairs of each round; 0 is all; the last number is that of all further.",
+        min_length=1,
+    )
     balance: Balance = setting(
-        "both",
+        "winning",
         Effect.SEMANTIC,
         "Take pairs in turns by the score that wins (winning), or by both scores, as often a over b as b over a (both).",
     )
     length_match: bool = setting(True, Effect.SEMANTIC, "Take pairs of nearly equal length first.")
     num_ratings: int = setting(1, Effect.SEMANTIC, "meta_judge: ratings of each judgement.", ge=1)
+    rating_temperature: float = setting(0.0, Effect.SEMANTIC, "meta_judge: temperature of ratings; 0 is greedy.", ge=0)
 
     def needs(self) -> Mapping[str, str]:
         """As above."""
@@ -95,12 +108,19 @@ def judgements(lab: Lab, judge: Checkpoint, items: ProblemSet, config: JudgeSett
 
 
 def paired(
-    lab: Lab, judge: Checkpoint, judged: GradedSet, config: PairSettings, learnt: Learnt, max_new_tokens: int
+    lab: Lab,
+    judge: Checkpoint,
+    judged: GradedSet,
+    config: PairSettings,
+    number: int,
+    learnt: Learnt,
+    max_new_tokens: int,
 ) -> ExampleSet:
-    """What is learnt of judgements; the steps are named ``rate`` (for ``meta_judge``) and ``pairs``."""
+    """What is learnt of judgements in round ``number``; the steps are named ``rate`` (for ``meta_judge``) and ``pairs``."""
     rated = None
     if config.strategy == "meta_judge":
-        rated = rating(lab, judge, judged, config.num_ratings, Sampling(max_new_tokens=max_new_tokens))
+        sampling = Sampling(temperature=config.rating_temperature, max_new_tokens=max_new_tokens)
+        rated = rating(lab, judge, judged, config.num_ratings, sampling)
     rule = PairRule(
         strategy=config.strategy,
         margin=config.margin,
@@ -108,17 +128,17 @@ def paired(
         length_match=config.length_match,
         seed=lab.seed,
     )
-    shares = None
-    if config.num_pairs or config.balance != "none":
-        shares = share_out(
-            judged, rated, rule, gold=lab.task.gold_score, num_pairs=config.num_pairs, balance=config.balance
-        )
+    num_pairs, shares = in_round(config.num_pairs, number), None
+    # the handful of items of a rehearsal has no counterparts
+    if (num_pairs or config.balance != "none") and not lab.is_rehearsal:
+        shares = share_out(judged, rated, rule, gold=lab.task.gold_score, num_pairs=num_pairs, balance=config.balance)
     return lab.curate(
         judgement_pairs,
         *(judged, *([rated] if rated is not None else [])),
         name="pairs",
         learnt=learnt,
         shares=shares,
+        undrawn="not_drawn" if num_pairs else "no_counterpart_of_its_scores",
         strategy=rule.strategy,
         margin=rule.margin,
         cap=rule.cap,
@@ -128,7 +148,7 @@ def paired(
 
 
 def rating(lab: Lab, judge: Checkpoint, judged: GradedSet, n: int, sampling: Sampling) -> GradedSet:
-    """What the judge makes of its own judgements, those that could be read."""
+    """What the judge makes of its own judgements, those that could be read and about which it can be asked."""
     read = {
         row.rollout.id for item in judged.problems for row in judged.of_problem(item.id) if row.score.answer is not None
     }
@@ -136,19 +156,35 @@ def rating(lab: Lab, judge: Checkpoint, judged: GradedSet, n: int, sampling: Sam
     def ask(item: Problem, judgement: Rollout) -> tuple[Message, ...]:
         return lab.task.question_about(item, judgement.text)
 
-    return lab.judge(
-        judge, judged.rollouts.where(lambda row: row.id in read), prompt=ask, sampling=sampling, n=n, name="rate"
-    )
+    asked = judged.rollouts.where(lambda row: row.id in read)
+    asked = lab.fitting(judge, asked, prompt=ask, max_new_tokens=sampling.max_new_tokens)
+    return lab.judge(judge, asked, prompt=ask, sampling=sampling, n=n, name="rate")
 
 
-def seed_judge(lab: Lab, config: SeedSettings, sft: SFTSettings) -> Checkpoint:
-    """The base, trained on gold judgements and merged with another judge, as asked for; the steps are in ``seed``."""
+def in_round(numbers: Sequence[int], number: int) -> int:
+    """What ``numbers`` says of round ``number`` (from 1); the last one is that of all further rounds."""
+    return numbers[min(number, len(numbers)) - 1]
+
+
+def items_of(lab: Lab, num_gold: int, num_items: Sequence[int], rounds: int) -> tuple[ProblemSet, list[ProblemSet]]:
+    """The items whose gold judgements are learnt (``num_gold``, 0 is all), and those of each round, at random.
+
+    No item is in two rounds, nor in a round and among a chosen number of gold ones.
+    """
+    items = lab.problems("train")
+    sizes = [in_round(num_items, number) for number in range(1, rounds + 1)]
+    if not num_gold:
+        return items, items.parts(sizes, lab.rng("items"))
+    gold, *drawn = items.parts([num_gold, *sizes], lab.rng("items"))
+    return gold, drawn
+
+
+def seed_judge(lab: Lab, items: ProblemSet, config: SeedSettings, sft: SFTSettings) -> Checkpoint:
+    """The base, trained on the gold judgements of ``items`` and merged with another judge, as asked for; the steps are in
+    ``seed``."""
     judge = lab.base
     with lab.scope("seed"):
         if config.trains:
-            items = lab.problems("train")
-            if 0 < config.num_items < items.extent.expected:
-                items = items.first(config.num_items)
             how = {"styles": list(config.styles), "with_feedback": list(FEEDBACK_STYLES)}
             rows = lab.curate(gold_judgements, items, name="gold", **how)
             judge = lab.train(

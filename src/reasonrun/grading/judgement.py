@@ -23,11 +23,13 @@ LOWEST, HIGHEST = 1, 5
 
 _MARKER = re.compile(r"\[\s*result\s*\]", re.IGNORECASE)
 _ENDS = {
-    "score": re.compile(r"(?:score\s*:\s*)?([1-5])(?:\s*/\s*5|\s+out of 5)?", re.IGNORECASE),
-    "choice": re.compile(r"(?:response\s+)?([AB])", re.IGNORECASE),
+    "score": re.compile(r"([1-5])(?:\s*/\s*5|\s+out of 5)?", re.IGNORECASE),
+    "choice": re.compile(r"([AB])", re.IGNORECASE),
     "yes_no": re.compile(r"(yes|no)", re.IGNORECASE),
 }
-_DRESS = re.compile(r"^[\s:*_(\[]*|[\s*_)\].]*$")  # marks around a decision that do not change it
+_BEFORE, _AFTER = " \t\r\n:*_`([", " \t\r\n*_`)]."  # marks around a decision that do not change it
+_LABEL = {"score": "score", "choice": "response", "yes_no": ""}  # may stand before it
+_LONGEST_END = 80  # characters after the marker that can still be a decision
 
 
 class JudgementSettings(SettingsBase):
@@ -95,14 +97,16 @@ class JudgementGrader:
 def read_decision(text: str, decision: Decision) -> tuple[str | None, str]:
     """The decision after the last marker, if nothing else follows it, and the reason: read, no_answer or unparseable.
 
-    ``4``, ``4/5``, ``4 out of 5``, ``Score: 4``, ``**4**`` and ``(4).`` are the score 4; ``four``, ``4.5``, ``45`` and
+    ``4``, ``4/5``, ``4 out of 5``, ``Score: **4**`` and ``(4).`` are the score 4; ``four``, ``4.5``, ``45`` and
     ``4 because …`` are none.
     """
     markers = list(_MARKER.finditer(text))
     if not markers:
         return None, "no_answer"
-    end = _DRESS.sub("", text[markers[-1].end() :])
-    match = _ENDS[decision].fullmatch(end)
+    end = text[markers[-1].end() :].strip(_AFTER).lstrip(_BEFORE)
+    if end.casefold().startswith(_LABEL[decision]):
+        end = end[len(_LABEL[decision]) :].lstrip(_BEFORE)
+    match = _ENDS[decision].fullmatch(end) if len(end) <= _LONGEST_END else None
     if match is None:
         return None, "unparseable"
     return (match[1].upper() if decision == "choice" else match[1].lower()), "read"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import PositiveInt
+
 from reasonrun.contracts import Method, Probe
 from reasonrun.curate import self_judging
 from reasonrun.curate.self_judging import JudgeSettings, PairSettings, SeedSettings
@@ -28,16 +30,16 @@ class SelfRationalize(Method):
     3. Pairs of judgements of one item (``pairs.strategy``, ``pairs.margin``).
     4. J_t: DPO from J_{t-1} with J_{t-1} as the reference.
 
-    ``learn: chosen`` is the control that the paper lacks: fine-tuning on the winners of the same pairs. ``judge.style:
-    score_only`` has the judge score without a rationale, ``evaluate.style: score_only`` measures it so.
+    ``learn: chosen`` is the control that the paper lacks: fine-tuning on the winners of the same pairs. In the style
+    score_only a judge scores without a rationale (``judge.style``, ``evaluate.style``).
 
     Departures from the paper, whose code is not published, and what it leaves open:
 
     - DPO's beta, learning rate and batch, the number of judgements and of pairs per item are this project's choice.
     - the margin is the loser's distance from the gold score; for a meta-judge, that of the two ratings.
-    - a judgement takes part in one pair, pairs of like length come first, and a score wins over another one as often as
-      it loses to it (``pairs.balance``): else what is learnt is which scores are frequent.
-    - judgements that cannot be read are left out and counted, never sampled again.
+    - a judgement takes part in one pair, those of like length first, and ``pairs.balance`` draws them evenly; a meta-judge
+      rates greedily; what cannot be read is left out and counted, never sampled again.
+    - gold judgements come from items of their own where ``seed_judge.num_items`` is given.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gold_score"})
@@ -49,8 +51,8 @@ class SelfRationalize(Method):
         name: Literal["self_rationalize"] = "self_rationalize"
         learn: Literal["pairs", "chosen"] = setting("pairs", Effect.SEMANTIC, "DPO on pairs, or SFT on their winners.")
         rounds: int = setting(2, Effect.HORIZON, "Rounds after the judge of gold judgements; 0 is that judge.", ge=0)
-        num_items: tuple[int, ...] = setting(
-            (5000, 500), Effect.SEMANTIC, "Items of each round; the last number is that of all further.", min_length=1
+        num_items: tuple[PositiveInt, ...] = setting(
+            (5000, 500), Effect.SEMANTIC, "Items by round; the last goes on.", min_length=1
         )
         max_new_tokens: int = setting(1024, Effect.SEMANTIC, "Longest judgement in tokens.", ge=1)
         seed_judge: SeedSettings = setting(SeedSettings(), Effect.SEMANTIC, "Training on gold judgements.")
@@ -58,39 +60,39 @@ class SelfRationalize(Method):
         pairs: PairSettings = setting(PairSettings(), Effect.SEMANTIC, "Choice of pairs.")
         epochs: int = setting(1, Effect.SEMANTIC, "Passes over the examples of a round.", ge=1)
         num_steps: int = setting(0, Effect.SEMANTIC, "Optimizer steps of a round, instead of epochs; 0 is off.", ge=0)
-        sft: SFTSettings = setting(_SFT, Effect.SEMANTIC, "Training on gold judgements, and of learn: chosen.")
+        sft: SFTSettings = setting(_SFT, Effect.SEMANTIC, "Training on gold judgements.")
         dpo: PreferenceSettings = setting(_DPO, Effect.SEMANTIC, "Training on pairs.")
+        rft: SFTSettings = setting(_SFT, Effect.SEMANTIC, "Training on winners.")
 
     def needs(self) -> Mapping[str, str]:
-        parts = ("seed_judge", "judge", "pairs")
-        return {need: f"{part}.{key}" for part in parts for need, key in getattr(self.config, part).needs().items()}
+        parts = {part: getattr(self.config, part).needs() for part in ("seed_judge", "judge", "pairs")}
+        return {need: f"{part}.{key}" for part, needs in parts.items() for need, key in needs.items()}
 
     def roles(self) -> Mapping[str, str]:
         return dict(self.config.seed_judge.roles("seed_judge"))
 
     def preflight(self) -> Probe | None:
         """A judge that is first taught need not know how; else it must be right now and then, and wrong."""
-        if self.config.seed_judge.trains or not self.config.rounds:
-            return None
-        sampling = Sampling(temperature=self.config.judge.temperature, max_new_tokens=self.config.max_new_tokens)
-        return Probe(style=self.config.judge.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
+        config = self.config
+        sampling = Sampling(temperature=config.judge.temperature, max_new_tokens=config.max_new_tokens)
+        probe = Probe(style=config.judge.style, sampling=sampling, needs=frozenset({"right", "wrong"}))
+        return None if config.seed_judge.trains or not config.rounds else probe
 
     def run(self, lab: Lab) -> Checkpoint:
         config, is_dpo = self.config, self.config.learn == "pairs"
-        judge = self_judging.seed_judge(lab, config.seed_judge, config.sft)
+        gold, items = self_judging.items_of(lab, config.seed_judge.num_items, config.num_items, config.rounds)
+        judge = self_judging.seed_judge(lab, gold, config.seed_judge, config.sft)
         lab.nominate("seed_judge", judge)
-        sizes = [config.num_items[min(t, len(config.num_items) - 1)] for t in range(config.rounds)]
-        parts = lab.problems("train").parts(sizes, lab.rng("items"))
         for number in lab.rounds(config.rounds):
             lab.evaluate(judge)
-            judged = self_judging.judgements(lab, judge, parts[number - 1], config.judge, config.max_new_tokens)
-            rows = self_judging.paired(lab, judge, judged, config.pairs, config.learn, config.max_new_tokens)
+            judged = self_judging.judgements(lab, judge, items[number - 1], config.judge, config.max_new_tokens)
+            rows = self_judging.paired(lab, judge, judged, config.pairs, number, config.learn, config.max_new_tokens)
             judge = lab.train(
                 "preference" if is_dpo else "sft",
                 rows,
                 start=judge,
                 reference=judge if is_dpo else None,
-                settings=config.dpo if is_dpo else config.sft,
+                settings=config.dpo if is_dpo else config.rft,
                 num_steps=config.num_steps,
                 num_epochs=0 if config.num_steps else config.epochs,
             )

@@ -9,8 +9,10 @@ forms of files are told in ``judge_files``; the files must be named, the package
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,7 +64,9 @@ class Judge(Task):
             "turn", Effect.SEMANTIC, "The system line as a turn, or at the head of the user's, for templates without."
         )
         num_train: int = setting(0, Effect.SEMANTIC, "Training items at most, a pair is one; 0 takes all.", ge=0)
-        num_dev: int = setting(500, Effect.SEMANTIC, "Items carved from train for the dev split; 0 for none.", ge=0)
+        num_dev: int = setting(
+            500, Effect.SEMANTIC, "Items carved from train for dev, whole instructions; 0 for none.", ge=0
+        )
         num_test: int = setting(
             0,
             Effect.SEMANTIC,
@@ -240,7 +244,10 @@ class Judge(Task):
             if key in in_train
         ]
         if faults:
-            refuse(faults, hint="task.layout names the form of the files, where it is not told rightly by their fields")
+            refuse(
+                faults,
+                hint="correct the rows, or remove copies; task.layout names the form of files whose fields do not tell it",
+            )
         return items
 
     def _file(self, split: str) -> Path:
@@ -279,9 +286,18 @@ class Judge(Task):
 def _carved(
     items: list[JudgeItem | JudgePair], count: int, salt: str
 ) -> tuple[list[JudgeItem | JudgePair], list[JudgeItem | JudgePair]]:
-    """``count`` items chosen by their content, whatever the order of the file, and the others."""
-    chosen = {item.id for item in sorted(items, key=lambda item: digest([salt, item.id]))[:count]}
-    return [item for item in items if item.id in chosen], [item for item in items if item.id not in chosen]
+    """At least ``count`` items and the others, by their instructions alone, whatever the order of the file.
+
+    Responses to one instruction often share its rubric and reference, so they stay together.
+    """
+    sizes = Counter(item.instruction for item in items)
+    ranked = sorted(sizes, key=lambda instruction: digest([salt, instruction]))
+    before = accumulate((sizes[instruction] for instruction in ranked), initial=0)
+    chosen = {instruction for instruction, so_far in zip(ranked, before, strict=False) if so_far < count}
+    return (
+        [item for item in items if item.instruction in chosen],
+        [item for item in items if item.instruction not in chosen],
+    )
 
 
 def _judged(response: str, rubric: words.Rubric, reference: str) -> dict[str, Any]:
