@@ -250,6 +250,8 @@ def test_there_is_no_such_recipe() -> None:
         load("star_arit")
     with pytest.raises(RecipeError, match="is a folder"):
         load("recipes")
+    Path("eval").mkdir()  # such as a run directory of that name
+    assert load("eval").name == "eval"
 
 
 @given(data=st.data())

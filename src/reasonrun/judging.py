@@ -73,6 +73,11 @@ def judging_section(groups: Sequence[Item], decision: Decision = "score") -> dic
     return section | ({"pairs": pairs} if pairs else {})
 
 
+def measured(section: Mapping[str, Any] | None) -> str:
+    """What the accuracy of an evaluation is the share of: without gold decisions, of those that could be read."""
+    return "readable" if section and section["exact"]["value"] is None else "accuracy"
+
+
 def headline(section: Mapping[str, Any]) -> float | None:
     """What judges of pairs are compared by: the share of pairs that they judge right; None without pairs."""
     value: float | None = section["pairs"]["accuracy"]["value"] if "pairs" in section else None

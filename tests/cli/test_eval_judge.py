@@ -62,6 +62,15 @@ def test_odd_items_are_measured_and_kept(tmp_path: Path, model: str) -> None:
     assert kept.returncode == 0 and kept.stdout.count("against the rubric. [RESULT]") >= 5
 
 
+def test_items_without_gold_scores_are_said_to_be_read_not_right(tmp_path: Path, model: str) -> None:
+    write(tmp_path / "bare.jsonl", [{k: v for k, v in own(n).items() if k != "score"} for n in range(4)])
+    end = ["--data", "bare.jsonl", "--engine", "scripted", "--model", model, "--run", "out"]
+    done = reasonrun_cli(tmp_path, "eval", "judge", *SURE, *end)
+    assert done.returncode == 0, done.stderr
+    assert "readable 100.0%" in done.stdout and "greedy readable 100.0%" in done.stderr
+    assert "accuracy" not in done.stdout and "exact" not in done.stdout
+
+
 def test_data_is_the_override_and_styles_and_pairs_work(tmp_path: Path, model: str) -> None:
     write(tmp_path / "odd.jsonl", ODD)
     write(tmp_path / "pairs.json", [pair(0), pair(1)], array=True)

@@ -99,6 +99,17 @@ def test_the_meta_judge_compares_ratings_not_scores():
     assert pairs(judged, rated=rated[:1], strategy="meta_judge").reason == "no_pair"
 
 
+def test_equal_judgements_with_other_ratings_are_no_pair_and_means_of_ratings_are_compared_exactly():
+    twins = [judgement("p0", 3, text="same"), judgement("p1", 3, text="same")]
+    rated = [judgement("p0", None, value=1.0), judgement("p1", None, value=0.0)]
+    assert pairs(twins, rated=rated, strategy="meta_judge").reason == "no_pair"
+    judged = judgements(4, 2)
+    # ratings 5, 4, 4 and 2, 2, 3: the means 13/3 and 7/3 are two points apart, but for rounding
+    means = [sum((1.0, 0.75, 0.75)) / 3, sum((0.25, 0.25, 0.5)) / 3]
+    rated = [judgement(f"p{n}", None, value=value) for n, value in enumerate(means)]
+    assert names(pairs(judged, rated=rated, strategy="meta_judge")) == {("p0", "p1")}
+
+
 def test_a_judgement_is_in_one_pair_at_most_and_equal_texts_are_paired_once():
     judged = judgements(4, 4, 4, 1, 2, 2)
     for seed in range(20):
@@ -165,7 +176,7 @@ def test_shares_name_the_pairs_that_an_item_gives():
         assert [row.rollout_ids for row in outcomes if isinstance(row, PreferenceExample)] == [both[place]]
         left_out = {row.rollout_id: row.reason for row in outcomes if isinstance(row, LeftOut)}
         assert left_out == dict.fromkeys(both[1 - place], "not_drawn")
-    assert {row.reason for row in curated(judged, shares={})} == {"not_drawn"}
+    assert {row.reason for row in curated(judged, shares={}, undrawn="why")} == {"why"}
 
 
 def graded_set(items):

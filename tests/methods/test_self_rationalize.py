@@ -149,6 +149,24 @@ def test_items_without_a_qualifying_pair_end_with_their_reasons(tmp_path):
         execute(tmp_path / "run", "engine.accuracy=1", "engine.spread=0", "engine.unanswered=0", "engine.truncated=0")
 
 
+def test_gold_judgements_come_from_items_of_their_own_if_some_are_chosen(tmp_path):
+    execute(tmp_path / "run", "method.seed_judge.num_items=6")
+    learnt = {row.problem_id for row in rows(tmp_path / "run", "seed/gold", SFTExample)}
+    judged = {row.problem_id for n in (1, 2) for row in rows(tmp_path / "run", f"round-00{n}/judge", Rollout)}
+    assert len(learnt) == 6 and len(judged) == 30 and not learnt & judged
+
+
+def test_pairs_without_a_counterpart_say_so(tmp_path):
+    with pytest.raises(Finding, match="no_counterpart_of_its_scores"):
+        execute(
+            tmp_path / "run",
+            "method.pairs.balance=both",
+            "method.pairs.num_pairs=[0]",
+            "method.num_items=[3]",
+            "method.judge.num_samples=2",
+        )
+
+
 def test_more_items_than_there_are_are_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"30 \+ 10 different problems.*has 36"):
         execute(tmp_path / "run", "method.num_items=[30,10]")
@@ -159,6 +177,8 @@ def test_what_the_task_lacks_is_refused_by_its_setting():
         load("smoke_self_rationalize", ["task.name=arith"])
     with pytest.raises(RecipeProblems, match=r"method.judge.style.*needs poem, which the task arith_judge does not"):
         load("smoke_self_rationalize", ["method.judge.style=poem"])
+    with pytest.raises(RecipeProblems, match=r"num_items.*greater than 0"):
+        load("smoke_self_rationalize", ["method.num_items=[4,0]"])
     with pytest.raises(RecipeProblems, match="margin"):
         load("smoke_self_rationalize", ["method.pairs.margin=5"])
 

@@ -164,6 +164,14 @@ def test_without_a_test_file_test_is_carved_from_train_whatever_the_order(tmp_pa
     assert all({problem.id for problem in turned.problems(split)} == found for split, found in ids.items())
 
 
+def test_responses_to_one_instruction_stay_in_one_split(tmp_path: Path) -> None:
+    rows = [own(number, response=f"Answer {k}.") for number in range(12) for k in range(3)]
+    task = judge(train_path=write(tmp_path / "train.jsonl", rows), num_dev=5, num_test=6)
+    asked = {split: [p.meta["instruction"] for p in task.problems(split)] for split in ("train", "dev", "test")}
+    assert {split: len(found) for split, found in asked.items()} == {"train": 24, "dev": 6, "test": 6}
+    assert sum(len(set(found)) for found in asked.values()) == 12
+
+
 def test_an_empty_split_says_why(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [own(1)])
     only_data, only_train = on(tmp_path, [own(1)]), judge(train_path=tmp_path / "train.jsonl", num_dev=1)

@@ -13,6 +13,7 @@ from reasonrun import plugins
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import PlainProgress
 from reasonrun.errors import RecipeError
+from reasonrun.judging import measured
 from reasonrun.recipe import load
 from reasonrun.running import RunOptions, run, run_directory
 from reasonrun.workers.signals import StopFlag
@@ -109,7 +110,8 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
         low, high = table["interval"]
         section = result.get("correction", {}).get(part)
         which = " (first attempt)" if section else ""
-        lines.append(f"{part:8s} accuracy {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{which}")
+        judging = result.get("judging", {}).get(part)
+        lines.append(f"{part:8s} {measured(judging)} {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{which}")
         lines.append(
             f"{'':8s} truncated {table['truncated_share']:.1%}, unparseable {table['unparseable_share']:.1%},"
             f" ungraded {table['ungraded_share']:.1%}"
@@ -118,7 +120,6 @@ def format_metrics(result: dict[str, Any]) -> list[str]:
         if table["num_samples"] > table["num_problems"]:
             lines.append(f"{'':8s} " + ", ".join(f"{name} {value:.1%}" for name, value in many.items()))
         lines += [f"{'':8s} {line}" for line in _correction_lines(section)] if section else []
-        judging = result.get("judging", {}).get(part)
         lines += [f"{'':8s} {line}" for line in _judging_lines(judging)] if judging else []
     return lines
 

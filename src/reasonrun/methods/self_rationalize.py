@@ -51,9 +51,7 @@ class SelfRationalize(Method):
         name: Literal["self_rationalize"] = "self_rationalize"
         learn: Literal["pairs", "chosen"] = setting("pairs", Effect.SEMANTIC, "DPO on pairs, or SFT on their winners.")
         rounds: int = setting(2, Effect.HORIZON, "Rounds after the judge of gold judgements; 0 is that judge.", ge=0)
-        num_items: tuple[PositiveInt, ...] = setting(
-            (5000, 500), Effect.SEMANTIC, "Items by round; the last goes on.", min_length=1
-        )
+        num_items: tuple[PositiveInt, ...] = setting((5000, 500), Effect.SEMANTIC, "Items of each round.", min_length=1)
         max_new_tokens: int = setting(1024, Effect.SEMANTIC, "Longest judgement in tokens.", ge=1)
         seed_judge: SeedSettings = setting(SeedSettings(), Effect.SEMANTIC, "Training on gold judgements.")
         judge: JudgeSettings = setting(JudgeSettings(), Effect.SEMANTIC, "Sampling of judgements.")

@@ -144,7 +144,8 @@ def describe(evaluation: Evaluation) -> str:
         if table:
             low, high = table["interval"]
             further = _attempted(evaluation.metrics, key) + _paired(evaluation.metrics, key)
-            parts.append(f"{key} {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{further}")
+            what = judging.measured(evaluation.metrics.get("judging", {}).get(key)).removeprefix("accuracy")
+            parts.append(f"{key}{f' {what}' if what else ''} {table['accuracy']:.1%} [{low:.1%}, {high:.1%}]{further}")
     return f"{evaluation.split}: " + ", ".join(parts)
 
 
