@@ -32,13 +32,14 @@ _PURE = (
 
 
 def code_digests(method: type[Method], task: type[Task]) -> dict[str, str]:
-    """SHA-256 of the source of the method's and the task's module, of the pure modules that curation calls, and of
-    engines, graders and trainers, by name."""
+    """SHA-256 of the source of the method's and the task's module, of the pure modules that curation calls, of engines,
+    graders and trainers, and of the words of prompts, by name."""
     package = Path(reasonrun.__file__).parent
     files = {"method": Path(inspect.getfile(method)), "task": Path(inspect.getfile(task))}
     files.update({path: package / path for path in _PURE})
-    for folder in ("curate", "trainers", "engines", "grading"):
-        files.update({f"{folder}/{path.name}": path for path in sorted((package / folder).glob("*.py"))})
+    for folder in ("curate", "trainers", "engines", "grading", "prompts"):
+        sources = [path for path in sorted((package / folder).iterdir()) if path.suffix in (".py", ".toml")]
+        files.update({f"{folder}/{path.name}": path for path in sources})
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
 
 

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reasonrun.prompts
+from reasonrun.code_digest import code_digests
+from reasonrun.methods.self_rationalize import SelfRationalize
 from reasonrun.prompts import judge
 from reasonrun.prompts.judge import Rubric
 from reasonrun.records import Message
+from reasonrun.tasks.arith_judge import ArithJudge
 
 GOLDEN_DIR = Path(__file__).parent.parent / "golden"
 RUBRIC = Rubric(criteria="Is it polite?", descriptions=("Rude.", "Curt.", "Neutral.", "Kind.", "Most kind."))
@@ -52,9 +55,11 @@ def test_the_prompts_are_the_golden_ones() -> None:
     assert every_prompt() == json.loads(path.read_text("utf-8"))
 
 
-def test_the_digest_is_that_of_the_prompt_file() -> None:
-    content = (Path(reasonrun.prompts.__file__).parent / f"judge-{judge.VERSION}.toml").read_bytes()
-    assert hashlib.sha256(content).hexdigest().startswith(judge.DIGEST) and len(judge.DIGEST) == 32
+def test_every_attempt_records_the_digest_of_the_words() -> None:
+    name = f"judge-{judge.VERSION}.toml"
+    content = (Path(reasonrun.prompts.__file__).parent / name).read_bytes()
+    recorded = code_digests(SelfRationalize, ArithJudge)[f"prompts/{name}"]
+    assert hashlib.sha256(content).hexdigest().startswith(recorded) and len(recorded) == 32
 
 
 @pytest.mark.parametrize("blank", [None, "", " \n"])

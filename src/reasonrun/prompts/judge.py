@@ -9,7 +9,6 @@ Texts of an item are joined to ours, never substituted into them, so braces, tit
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
 from importlib import resources
 from typing import Any
@@ -17,12 +16,10 @@ from typing import Any
 from reasonrun.records import Message, Record
 
 VERSION = 1
-_SOURCE = resources.files("reasonrun.prompts").joinpath(f"judge-{VERSION}.toml").read_bytes()
-_WORDS: dict[str, Any] = tomllib.loads(_SOURCE.decode("utf-8"))
+_WORDS: dict[str, Any] = tomllib.loads(
+    resources.files("reasonrun.prompts").joinpath(f"judge-{VERSION}.toml").read_text("utf-8")
+)
 _TITLES: dict[str, str] = _WORDS["titles"]
-
-DIGEST = hashlib.sha256(_SOURCE).hexdigest()[:32]
-"""Of the prompt file: two equal ones ask in the same words."""
 
 SCORE_OPENING: str = _WORDS["score_only"]["opening"]
 """Put in the model's mouth where the score alone is asked for."""
