@@ -104,8 +104,9 @@ def test_equal_judgements_with_other_ratings_are_no_pair_and_means_of_ratings_ar
     rated = [judgement("p0", None, value=1.0), judgement("p1", None, value=0.0)]
     assert pairs(twins, rated=rated, strategy="meta_judge").reason == "no_pair"
     judged = judgements(4, 2)
-    # ratings 5, 4, 4 and 2, 2, 3: the means 13/3 and 7/3 are two points apart, but for rounding
-    means = [sum((1.0, 0.75, 0.75)) / 3, sum((0.25, 0.25, 0.5)) / 3]
+    # ratings 5, 5, 4 and 3, 3, 2: the means 14/3 and 8/3 are two points apart, but for rounding
+    means = [2.75 / 3, 1.25 / 3]
+    assert 4 * means[0] - 4 * means[1] < 2
     rated = [judgement(f"p{n}", None, value=value) for n, value in enumerate(means)]
     assert names(pairs(judged, rated=rated, strategy="meta_judge")) == {("p0", "p1")}
 
