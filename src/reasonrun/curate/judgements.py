@@ -78,15 +78,12 @@ class PairRule:
         if self.length_match:
             candidates.sort(key=lambda pair: abs(_length(pair[0]) - _length(pair[1])))
         chosen: list[tuple[Graded, Graded]] = []
-        taken: set[str] = set()
-        texts: set[str] = set()
+        paired: set[str] = set()
         for winner, loser in candidates:
-            ids = {winner.rollout.id, loser.rollout.id}
-            said = {winner.rollout.text, loser.rollout.text}
-            if taken & ids or said & texts or len(said) == 1 or (self.cap and len(chosen) == self.cap):
+            texts = {winner.rollout.text, loser.rollout.text}
+            if texts & paired or len(texts) == 1 or (self.cap and len(chosen) == self.cap):
                 continue
-            taken |= ids
-            texts |= said
+            paired |= texts
             chosen.append((winner, loser))
         return Found(pairs=tuple(chosen), reason="" if chosen else "no_pair")
 
