@@ -203,11 +203,11 @@ def taken(judged, **how):
 
 def test_rare_scores_come_as_often_as_frequent_ones_while_they_last():
     judged = graded_set(ONES + FIVES)
-    counts, shares = taken(judged, num_pairs=8, balance="winning")
+    counts, shares = taken(judged, num_pairs=6, balance="winning")
     winners = Counter()
     for (winner, _), count in counts.items():
         winners[winner] += count
-    assert winners == {1: 4, 5: 4}
+    assert winners == {1: 3, 5: 3}
     assert {tuple(places) for name, places in shares.items() if name.startswith("one")} == {(0,)}  # before second pairs
     assert taken(judged, num_pairs=1000, balance="winning")[0].total() == 24
     in_any_order, shares = taken(judged, num_pairs=12, balance="none")
