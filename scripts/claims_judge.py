@@ -21,6 +21,7 @@ from reasonrun.metrics import mean_interval_over_seeds
 
 FIRST = "self_rationalize_arith"
 ARMS = ("", "_sft", "_m1", "_majority", "_meta_judge", "_rft_chosen", "_score_only", "_score_only_inference")
+LABELS = {FIRST: "correct, m = 2", f"{FIRST}_m1": "correct, m = 1"}
 PARTS = ("greedy", "sampled")
 Section = dict[str, Any]
 
@@ -61,7 +62,7 @@ def rows_of(arms: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[
     rows = [("base", arms[FIRST][:1], "base"), ("sft", arms[FIRST], "seed_judge")]
     score_only = arms.get(f"{FIRST}_score_only")
     rows += [("sft, score only", score_only, "seed_judge")] if score_only else []
-    return rows + [(name.removeprefix(f"{FIRST}_") or name, runs, "last") for name, runs in arms.items()]
+    return rows + [(LABELS.get(name, name.removeprefix(f"{FIRST}_")), runs, "last") for name, runs in arms.items()]
 
 
 def print_table(arms: dict[str, list[dict[str, Any]]], part: str) -> None:
@@ -100,10 +101,10 @@ def print_differences(arms: dict[str, list[dict[str, Any]]]) -> None:
     first = arms[FIRST]
     print_difference(first, "last", first, "seed_judge", "m = 2 against sft")
     for name, runs in arms.items():
-        label = name.removeprefix(f"{FIRST}_")
+        label = LABELS.get(name, name.removeprefix(f"{FIRST}_"))
         if name == FIRST:
             continue
-        print_difference(runs, "last", runs, "seed_judge", f"{label} against sft, both in its style")
+        print_difference(runs, "last", runs, "seed_judge", f"{label} against sft asked in the same style")
         print_difference(first, "last", runs, "last", f"m = 2 against {label}")
 
 
@@ -115,6 +116,8 @@ def main() -> None:
     order = [FIRST + arm for arm in ARMS]
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "summaries").glob("*.json"))]
     for summary in sorted(summaries, key=lambda one: (order.index(one["recipe"]), one["seed"])):
+        if summary["recipe"] == f"{FIRST}_sft":
+            continue  # the judge that every other run begins with, and measures, too
         if summary["exit_code"] == 0:
             arms.setdefault(summary["recipe"], []).append(summary)
         else:
