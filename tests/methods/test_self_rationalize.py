@@ -14,9 +14,11 @@ from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.engines.scripted import Scripted
 from reasonrun.errors import Finding, RecipeError
+from reasonrun.models import resolve
 from reasonrun.planning import Assumptions, plan
 from reasonrun.recipe import RecipeProblems, load
-from reasonrun.records import PreferenceExample, Rollout, Score, SFTExample
+from reasonrun.records import PreferenceExample, Problem, Rollout, Score, SFTExample
+from reasonrun.rendering import Renderer
 from reasonrun.running import RunOptions, run
 from reasonrun.sets import Rows
 
@@ -78,6 +80,14 @@ def test_the_first_judge_learns_gold_judgements_in_both_styles(finished):
     bare = [row for row in examples if len(row.segments) == 3]
     assert len(bare) == 36 and not any(row.segments[1].loss for row in bare)
     assert all(row.segments[-1].loss and not row.segments[0].loss for row in examples)
+    renderer = Renderer.load(resolve(load("smoke_self_rationalize").model).path)
+    gold = {row.id: row.reference for row in rows(directory, "problems/train", Problem)}
+    for row in bare:
+        given, learnt = row.segments[1:]
+        assert renderer.decode(given.token_ids) == "[RESULT]"
+        assert (
+            renderer.decode(learnt.token_ids) == f" {gold[row.problem_id]}" and learnt.token_ids[-1] in renderer.eos_ids
+        )
 
 
 @pytest.mark.parametrize(
