@@ -20,6 +20,8 @@ def feedback(number: int, **changes: Any) -> dict[str, Any]:
         **{f"orig_{key}": text for key, text in zip(SCORE_KEYS, DESCRIPTIONS, strict=True)},
         "orig_score": str(score),
         "orig_feedback": f"Greeting {number} is plain.",
+        "instruction": prompt(number),  # as published: the whole prompt, and what it should be answered by
+        "output": f"Feedback: Greeting {number} is plain. [RESULT] {score}",
     }
     return {**row, **changes}
 

@@ -9,7 +9,9 @@ import pytest
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.errors import Finding, RecipeError, RunConflict, RunFailed, Stopped
 from reasonrun.recipe import load
-from reasonrun.running import RunOptions, run
+from reasonrun.records import Checkpoint
+from reasonrun.running import RunOptions, _best, run
+from reasonrun.verbs.evaluating import Evaluation
 
 SMALL = ["task.num_train=12", "task.num_dev=6", "task.num_test=6", "method.rounds=2", "evaluate.num_samples=2"]
 
@@ -187,3 +189,16 @@ def test_fewer_rounds_need_prune(clean, tmp_path):
         execute(tmp_path / "run")
     execute(tmp_path / "run", prune=True)
     assert content(tmp_path / "run") == content(clean[0])
+
+
+def test_where_dev_tells_nothing_the_last_policy_is_the_best():
+    """Of items without gold decisions an evaluation says what share could be read: no reason to choose a policy."""
+
+    def evaluation(step, accuracy, exact):
+        table = {"accuracy": accuracy}
+        judging = {"greedy": {"exact": {"value": exact}}}
+        policy = Checkpoint(path="p", weights=step, tokenizer="t", step=step)
+        return Evaluation(policy=policy, split="dev", step=step, metrics={"greedy": table, "judging": judging})
+
+    assert _best([evaluation("a", 0.9, None), evaluation("b", 0.8, None)]).step == "b"
+    assert _best([evaluation("a", 0.9, 0.9), evaluation("b", 0.8, 0.8)]).step == "a"

@@ -128,8 +128,8 @@ class Task(ABC):
     Settings: ClassVar[type[Settings]]
     name: ClassVar[str]
     prompt_version: ClassVar[int] = 1
-    styles: ClassVar[frozenset[str]] = frozenset({"plain"})
-    capabilities: ClassVar[frozenset[str]] = frozenset()
+    styles: frozenset[str] = frozenset({"plain"})
+    capabilities: frozenset[str] = frozenset()
     reads_logps: ClassVar[bool] = False  # whether ``tables`` reads the log-probabilities of sampled rows
     hint_markers: ClassVar[tuple[str, ...]] = ()  # texts by which a solution shows that it saw the hint
 

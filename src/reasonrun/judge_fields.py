@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER
+from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER, read_decision
 from reasonrun.prompts.judge import Rubric
 from reasonrun.question_files import check_row
 
@@ -51,6 +51,12 @@ class Fields:
             self.faults.append(f"field {feedback!r} must hold a text for each score, of which there are {len(numbers)}")
             return {}
         own, text = min(zip(numbers, texts, strict=True), key=lambda pair: abs(pair[0] - mean))
+        said, reason = read_decision(text, "score")
+        if reason != "no_answer" and said != f"{own:g}":
+            self.faults.append(f"field {feedback!r} holds {MARKER}, and what follows is not its score {own:g}")
+            return {}
+        if said is not None:
+            text = text[: text.upper().rindex("[")]
         rationale = f"{text.strip()} {MARKER} {own:g}" if own.is_integer() else ""
         return {"gold_score": mean, "gold_rationale": rationale}
 

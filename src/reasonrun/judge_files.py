@@ -157,6 +157,8 @@ def rubric_for_pairs(name: str, criteria: str, descriptions: Sequence[str], *, c
 
 
 def _layout_of(fields: Mapping[str, Any]) -> Layout | None:
+    if all(name in fields for name in NEEDED["feedback"]):
+        return "feedback"  # the published rows also hold the whole prompt, as instruction
     if "response" not in fields and looks_like_prompt(str(fields.get("instruction", ""))):
         return "prometheus_text"
     shares = {

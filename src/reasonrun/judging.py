@@ -73,6 +73,17 @@ def judging_section(groups: Sequence[Item], decision: Decision = "score") -> dic
     return section | ({"pairs": pairs} if pairs else {})
 
 
+def unread_findings(section: Mapping[str, Any]) -> list[str]:
+    """What to do where most judgements could not be read."""
+    if section["unread_share"] <= 0.5:
+        return []
+    reasons = ", ".join(f"{reason} {count}" for reason, count in section["unread_reasons"].items())
+    return [
+        f"{section['unread_share']:.1%} of the judgements could not be read ({reasons}): the decision must end the answer after"
+        " [RESULT]; raise evaluate.max_new_tokens where they are truncated, or train the judge on gold judgements first"
+    ]
+
+
 def measured(section: Mapping[str, Any] | None) -> str:
     """What the accuracy of an evaluation is the share of: without gold decisions, of those that could be read."""
     return "readable" if section and section["exact"]["value"] is None else "accuracy"

@@ -172,8 +172,9 @@ def averaged(name: str, tensors: Sequence[Tensor], weights: Sequence[float]) -> 
             yield data[0]
             continue
         parts = [decode(part, tensor.dtype) for part, tensor in zip(data, tensors, strict=True)]
-        merged = encode(average(parts, weights), dtype)
-        if not np.isfinite(decode(merged, dtype)).all():
+        mean = average(parts, weights)
+        merged = encode(mean, dtype)
+        if not (np.isfinite(mean).all() and np.isfinite(decode(merged, dtype)).all()):  # rounding can hide a NaN
             raise RunFailed(
                 f"{name} of the merged model is not finite in {dtype}.",
                 hint="look at the models that are merged: one of them may have diverged",

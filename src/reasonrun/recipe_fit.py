@@ -82,11 +82,15 @@ def construct(composition: Composition, classes: Mapping[str, Any], valid: Any, 
         if valid.evaluate.turns < least:
             message = f"{valid.method.name} is measured by {least} attempts in a row, not {valid.evaluate.turns}"
             composition.report(("evaluate", "turns"), message, allowed=(f"{least} to 8",))
-        _check_needs(composition, built["method"], classes["task"], roles)
+        _check_needs(composition, built["method"], built.get("task", classes["task"]), roles)
 
 
 def _check_needs(composition: Composition, method: Method, task: Any, roles: Sequence[str]) -> None:
     offered = task.styles | task.capabilities
+    # its settings may leave it fewer than its class has, which check_pair has looked at
+    for needed in () if isinstance(task, type) else sorted(method.requires - offered):
+        message = f"{method.config.name} needs {needed}, which the task {task.name} with these settings does not offer"
+        composition.report(("task",), message, allowed=tuple(sorted(offered)))
     for needed, setting in method.needs().items():
         if needed not in offered:
             message = f"this needs {needed}, which the task {task.name} does not offer"

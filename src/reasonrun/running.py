@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +150,9 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     lab = Lab(context)
     method = recipe.classes["method"](recipe.method)
     try:
+        if method.trains:
+            for split in ("dev", "test"):  # what is missing at the end is said at the beginning
+                context.task.problems(split)
         method.before(lab)
         preflight(lab, method, recipe.preflight)
         last = method.run(lab)
@@ -180,7 +183,7 @@ def conclude(lab: Lab, last: Checkpoint) -> dict[str, Any]:
     with lab.scope("final", trainings=len(lab.evaluations)):  # more rounds later are another end of the run
         lab.evaluate(last)
         dev = _of_policies(lab)
-        best = max(dev, key=lambda evaluation: evaluation.rank)  # the earliest of equals
+        best = _best(dev)
         chosen = {"base": lab.base, "last": last, "best": best.policy, **lab.nominees}
         tests: dict[str, Evaluation] = {}
         for name, policy in chosen.items():
@@ -207,6 +210,12 @@ def measured(lab: Lab) -> dict[str, Any]:
     return {"policy": _checkpoint(evaluation.policy), "step": evaluation.step, **evaluation.metrics}
 
 
+def _best(dev: Sequence[Evaluation]) -> Evaluation:
+    """The earliest of the best on dev; the last one where dev tells nothing."""
+    measured = [evaluation for evaluation in dev if evaluation.is_measured]
+    return max(measured, key=lambda evaluation: evaluation.rank) if measured else dev[-1]
+
+
 def _of_policies(lab: Lab) -> list[Evaluation]:
     """The evaluations of what the run may end with: a judge or teacher that was measured, too, was not trained here."""
     return [e for e in lab.evaluations if e.policy.step or e.policy.weights == lab.base.weights]
@@ -220,7 +229,7 @@ def _best_so_far(lab: Lab) -> str:
     evaluations = _of_policies(lab)
     if not evaluations:
         return ""
-    best = max(evaluations, key=lambda evaluation: evaluation.rank)
+    best = _best(evaluations)
     where = best.policy.path if best.policy.step else "the base model"
     return f"best model so far: {where} ({best.step}, {best.headline:.1%} on {best.split})"
 

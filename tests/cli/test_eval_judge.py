@@ -71,6 +71,16 @@ def test_items_without_gold_scores_are_said_to_be_read_not_right(tmp_path: Path,
     assert "accuracy" not in done.stdout and "exact" not in done.stdout
 
 
+def test_a_model_that_never_decides_is_a_finding(tmp_path: Path, model: str) -> None:
+    write(tmp_path / "odd.jsonl", ODD)
+    end = ["--data", "odd.jsonl", "--engine", "scripted", "--model", model, "--run", "out", "engine.unanswered=1"]
+    done = reasonrun_cli(tmp_path, "eval", "judge", *end)
+    assert done.returncode == 5, done.stderr
+    assert "finding: greedy: 100.0% of the judgements could not be read (no_answer 5)" in done.stdout
+    again = reasonrun_cli(tmp_path, "eval", "judge", *end, "--json")
+    assert again.returncode == 5 and json.loads(again.stdout)["result"]["findings"]
+
+
 def test_data_is_the_override_and_styles_and_pairs_work(tmp_path: Path, model: str) -> None:
     write(tmp_path / "odd.jsonl", ODD)
     write(tmp_path / "pairs.json", [pair(0), pair(1)], array=True)

@@ -13,7 +13,7 @@ from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.cli.status import describe, read_run
 from reasonrun.cli.train import show
-from reasonrun.errors import Stopped
+from reasonrun.errors import EnvironmentProblem, Stopped
 from reasonrun.generation import EndpointSettings, Usage
 from reasonrun.planning import Assumptions, plan
 from reasonrun.recipe import load
@@ -138,6 +138,18 @@ def test_a_limit_stops_the_run_resumably_and_a_higher_one_goes_on(tmp_path, stub
         assert len(other.asked) == num
     assert sealed(tmp_path / "run") == sealed(tmp_path / "clean")
     assert read_run(tmp_path / "run")["endpoints"][0]["num_prompt_tokens"] == 100 * num
+
+
+def test_a_limit_needs_a_server_that_reports_usage(tmp_path):
+    silent = Stub(lambda body: Reply("### Final decision\nStep 1: correct", usage=False))
+    with serving(silent), pytest.raises(EnvironmentProblem, match="answers without usage"):
+        execute(
+            tmp_path / "run",
+            silent,
+            *PRICES,
+            "models.judge.endpoint.max_cost=1",
+            "models.judge.endpoint.max_parallel=1",
+        )
 
 
 def test_a_limit_counts_the_steps_before(tmp_path, stub):

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import reasonrun
+from judge_rows import own, pair, write
 from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.engines.scripted import Scripted
@@ -66,11 +67,11 @@ def test_winners_have_the_gold_score_and_losers_are_two_away(finished):
         read = scores(directory, number)
         pairs = rows(directory, f"round-00{number}/pairs", PreferenceExample)
         assert pairs
-        for pair in pairs:
-            won, lost = (read[name] for name in pair.rollout_ids)
+        for duel in pairs:
+            won, lost = (read[name] for name in duel.rollout_ids)
             assert won.correct and abs(int(won.answer) - int(lost.answer)) >= 2
-            assert gold.setdefault(pair.problem_id, won.answer) == won.answer
-            assert pair.chosen_ids != pair.rejected_ids
+            assert gold.setdefault(duel.problem_id, won.answer) == won.answer
+            assert duel.chosen_ids != duel.rejected_ids
 
 
 def test_the_first_judge_learns_gold_judgements_in_both_styles(finished):
@@ -122,11 +123,11 @@ def test_the_meta_judge_rates_what_could_be_read_and_gold_is_not_asked(tmp_path,
 def test_a_pair_of_scores_alone_begins_after_the_marker(tmp_path):
     execute(tmp_path / "run", "method.judge.style=score_only")
     judged = {row.id: row for row in rows(tmp_path / "run", "round-001/judge", Rollout)}
-    for pair in rows(tmp_path / "run", "round-001/pairs", PreferenceExample):
-        won, lost = (judged[name] for name in pair.rollout_ids)
+    for duel in rows(tmp_path / "run", "round-001/pairs", PreferenceExample):
+        won, lost = (judged[name] for name in duel.rollout_ids)
         assert won.text.startswith("[RESULT]") and won.num_given_tokens
-        assert pair.prefix_ids == won.prompt_ids + won.completion_ids[: won.num_given_tokens]
-        assert pair.prefix_ids + pair.rejected_ids == lost.prompt_ids + lost.completion_ids
+        assert duel.prefix_ids == won.prompt_ids + won.completion_ids[: won.num_given_tokens]
+        assert duel.prefix_ids + duel.rejected_ids == lost.prompt_ids + lost.completion_ids
 
 
 def test_no_rounds_end_with_the_judge_of_gold_judgements_and_more_go_on(tmp_path):
@@ -191,6 +192,31 @@ def test_what_the_task_lacks_is_refused_by_its_setting():
         load("smoke_self_rationalize", ["method.num_items=[4,0]"])
     with pytest.raises(RecipeProblems, match="margin"):
         load("smoke_self_rationalize", ["method.pairs.margin=5"])
+
+
+def recipe_on(tmp_path, rows, settings="", method=""):
+    """A recipe of the judge's task on a file of ``rows``."""
+    file = write(tmp_path / "rows.jsonl", rows)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [model: tiny, engine: scripted, launcher: local, _self_]\n"
+        f"task: {{name: judge, train_path: {file}, num_dev: 2{settings}}}\n"
+        f"method: {{name: self_rationalize, num_items: [2, 1]{method}}}\n"
+    )
+    return str(recipe)
+
+
+def test_pairs_asked_in_both_orders_have_no_scores_to_learn_from(tmp_path):
+    rows_of_pairs = [pair(number) for number in range(6)]
+    with pytest.raises(RecipeProblems, match=r"needs gold_score, which the task judge with these settings does not"):
+        load(recipe_on(tmp_path, rows_of_pairs, ", mode: pairwise, num_test: 1"))
+
+
+def test_what_is_missing_at_the_end_is_said_at_the_beginning(tmp_path):
+    recipe = recipe_on(tmp_path, [own(number) for number in range(9)])
+    with pytest.raises(RecipeError, match="split test is empty"):
+        run(load(recipe), RunOptions(directory=tmp_path / "run"), SilentProgress())
+    assert not list((tmp_path / "run").glob("steps/*"))
 
 
 def test_the_plan_counts_rounds_in_proportion():

@@ -119,8 +119,9 @@ def test_pairs_in_both_orders(tmp_path: Path) -> None:
     assert task.direct_answer(second) == "[RESULT] B"
     with pytest.raises(RecipeError, match="compares two responses"):
         task.question_about(first, "x")
-    with pytest.raises(RecipeError, match="score_only asks for scores"):
+    with pytest.raises(RecipeError, match="no style 'score_only'; it has plain"):
         task.messages(first, "score_only")
+    assert task.capabilities == frozenset() and "gold_score" in on(tmp_path, [pair(0)]).capabilities
     assert "these are no pairs" in refused(on(tmp_path, [own(1)], mode="pairwise"))
 
 

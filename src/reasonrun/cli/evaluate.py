@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from reasonrun import plugins
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import PlainProgress
-from reasonrun.errors import RecipeError
+from reasonrun.errors import Finding, RecipeError
 from reasonrun.judging import measured
 from reasonrun.recipe import load
 from reasonrun.running import RunOptions, run, run_directory
@@ -87,8 +88,10 @@ def eval_command(request: EvalRequest, *, as_json: bool) -> None:
             interrupted=stop,
         )
         outcome = run(recipe, options, PlainProgress(Console(stderr=True)))
+    findings = outcome.result.get("findings", ())
     if as_json:
         print_json({"directory": str(directory), "result": outcome.result})
+        _leave_with(findings)
         return
     typer.echo(
         f"{request.task} {request.split}: {outcome.result['num_problems']} problems, style {request.style},"
@@ -98,6 +101,14 @@ def eval_command(request: EvalRequest, *, as_json: bool) -> None:
     for line in format_metrics(outcome.result):
         typer.echo(line)
     typer.echo(f"items: {directory}/steps/evaluate/")
+    for finding in findings:
+        typer.echo(f"finding: {finding}")
+    _leave_with(findings)
+
+
+def _leave_with(findings: Sequence[str]) -> None:
+    if findings:
+        raise typer.Exit(Finding.exit_code)
 
 
 def format_metrics(result: dict[str, Any]) -> list[str]:

@@ -111,7 +111,8 @@ def share_out(
 
     A judge can learn from pairs that some scores win more often than others, which has nothing to do with what it reads.
     ``winning`` takes pairs in turns by the score that wins. ``both`` takes them in turns by the two scores, and as often
-    a over b as b over a, so that no score is favoured; what has no counterpart is not taken.
+    a over b as b over a, so that no score is favoured; what has no counterpart is not taken. The last turn may
+    be cut short.
 
     Args:
         judged: judgements of items.

@@ -63,7 +63,7 @@ class EndpointEngine:
         self._takes_seeds = True
 
     def generate(self, units: Iterable[tuple[int, Sequence[Request]]]) -> Iterator[tuple[int, list[Completion]]]:
-        """Each completion as soon as it is there, so that none that was paid for is lost to a stop.
+        """Each completion as soon as it is there. A stop loses those under way, at most ``max_parallel``.
 
         After a failure nothing new is asked; what was under way is still handed out, then the failure is raised.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reasonrun.contracts import Method
+from reasonrun.judging import unread_findings
 from reasonrun.records import Checkpoint
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -29,3 +30,8 @@ class Measure(Method):
     def run(self, lab: Lab) -> Checkpoint:
         lab.evaluate(lab.base, split=self.config.split)
         return lab.base
+
+    def findings(self, lab: Lab) -> list[str]:
+        """Most judgements of a judge could not be read."""
+        tables = lab.evaluations[-1].metrics.get("judging", {})
+        return [f"{part}: {line}" for part, table in tables.items() for line in unread_findings(table)]

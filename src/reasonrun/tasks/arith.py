@@ -44,8 +44,8 @@ class Arith(Task):
 
     name = "arith"
     prompt_version = words.VERSION
-    styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"segment", "first_error", "solution", "correction"})
+    styles = frozenset({"plain", "few_shot", "hinted", "direct"})
+    capabilities = frozenset({"segment", "first_error", "solution", "correction"})
     hint_markers: ClassVar[tuple[str, ...]] = ("The answer is",)
 
     class Settings(ChainSettings):

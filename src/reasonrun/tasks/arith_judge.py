@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from reasonrun.chains import (
     ANSWER,
@@ -42,8 +42,8 @@ class ArithJudge(Task):
 
     name = "arith_judge"
     prompt_version = words.VERSION
-    styles: ClassVar[frozenset[str]] = frozenset({"plain", "score_only"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "gold_score", "question_about"})
+    styles = frozenset({"plain", "score_only"})
+    capabilities = frozenset({"solution", "gold_score", "question_about"})
     reads_logps = True
 
     class Settings(ChainSettings):

@@ -45,8 +45,8 @@ class Gsm8k(Task):
 
     name = "gsm8k"
     prompt_version = PROMPT_VERSION
-    styles: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "steps", "hinted", "direct"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "correction"})
+    styles = frozenset({"plain", "few_shot", "steps", "hinted", "direct"})
+    capabilities = frozenset({"solution", "correction"})
     hint_markers: ClassVar[tuple[str, ...]] = tuple(_PROMPTS["hint_markers"])
 
     class Settings(SettingsBase):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from reasonrun.contracts import Grader, Task
 from reasonrun.errors import RecipeError
@@ -35,8 +35,8 @@ class Judge(Task):
 
     name = "judge"
     prompt_version = words.VERSION
-    styles: ClassVar[frozenset[str]] = frozenset({"plain", "score_only"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"solution", "gold_score", "question_about"})
+    styles = frozenset({"plain", "score_only"})
+    capabilities = frozenset({"solution", "gold_score", "question_about"})
 
     class Settings(SettingsBase):
         """What a recipe can say about ``judge``."""
@@ -88,6 +88,8 @@ class Judge(Task):
                 hint="name the file with task.data (reasonrun eval judge --data FILE), or files to train on with task.path",
             )
         self._decision: Decision = "choice" if config.mode == "pairwise" else "score"
+        if self._decision == "choice":
+            self.styles, self.capabilities = frozenset({"plain"}), frozenset()
         self._rubric = rubric_for_pairs(
             config.rubric, config.rubric_criteria, config.rubric_descriptions, criteria_only=self._decision == "choice"
         )
@@ -111,10 +113,6 @@ class Judge(Task):
         """plain asks for feedback and a decision; score_only for the score alone, whose marker is already there."""
         if style not in self.styles:
             raise RecipeError(f"task judge has no style {style!r}; it has {', '.join(sorted(self.styles))}")
-        if style == "score_only" and self._decision == "choice":
-            raise RecipeError(
-                "task judge: the style score_only asks for scores, not for the better one of two responses"
-            )
         return self._messages(problem.meta, score_only=style == "score_only")
 
     def grader(self) -> Grader:

@@ -31,10 +31,20 @@ class Evaluation:
         """The number that checkpoints are compared by: accuracy of the last attempt, greedy, or sampled when greedy is
         off. Of a judge of pairs it is the share of pairs that it judges right: a lone side has no gold to be accurate
         about."""
-        pairs = _pairs_accuracy(self.metrics, self._part)
-        if pairs is not None:
-            return pairs
+        if self.headline_of_pairs is not None:
+            return self.headline_of_pairs
         return float(self._correction["attempts"][-1]["accuracy"] if self._correction else self._table["accuracy"])
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the headline tells good from bad: without gold decisions it is what could be read."""
+        section = self.metrics.get("judging", {}).get(self._part)
+        return self.headline_of_pairs is not None or judging.measured(section) == "accuracy"
+
+    @property
+    def headline_of_pairs(self) -> float | None:
+        """The share of pairs that are judged right; None where there are no pairs."""
+        return _pairs_accuracy(self.metrics, self._part)
 
     @property
     def overall(self) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def sample(ctx: Context, job: SampleJob) -> RolloutSet:
     Raises:
         RecipeError: a prompt and its completion do not fit into the model's context.
     """
+    _check_context(ctx, job)  # before the step is begun: what is corrected must not conflict with it
     step = ctx.open_step(job.name, job.fingerprint())
     new = isinstance(step, OpenStep)
     if isinstance(step, OpenStep):
-        _check_context(ctx, job)
         with ctx.timed(job.name, "sample"):
             step = _generate(ctx, job, step)
     else:
@@ -130,6 +130,8 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
         hint = (
             "lower max_new_tokens, which bounds those too, ask for fewer turns, or take a model with a longer context"
         )
+    if len(longest.all_ids) >= limit:
+        hint = "take a model with a longer context, or leave this problem out: no answer fits after its prompt"
     num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
     source = longest.problem.meta.get("source", "")
     item = f"problem {longest.problem.id}{f' of {source}' if source else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from reasonrun.errors import Stopped
+from reasonrun.errors import EnvironmentProblem, Stopped
 from reasonrun.generation import EndpointSettings, Usage
 from reasonrun.ledger.steps import Committed
 from reasonrun.ledger.wal import Wal
@@ -26,9 +26,22 @@ def count_logged(ctx: Context, policy: Checkpoint, wal: Wal) -> None:
 
 
 def count(ctx: Context, policy: Checkpoint, usage: Usage | None) -> None:
-    """Add one answer; nothing is known of one without usage."""
-    if policy.remote and usage is not None:
+    """Add one answer; nothing is known of one without usage.
+
+    Raises:
+        EnvironmentProblem: there is a limit, and the server does not tell what an answer used.
+    """
+    if not policy.remote or ctx.planned is not None:
+        return
+    if usage is not None:
         _add(ctx, policy, usage)
+        return
+    role, endpoint = _endpoint(ctx, policy)
+    if endpoint.max_cost:
+        raise EnvironmentProblem(
+            f"models.{role} ({endpoint.model}) answers without usage, so models.{role}.endpoint.max_cost cannot be kept",
+            hint=f"take the limit out (models.{role}.endpoint.max_cost=0), or use a server that reports usage",
+        )
 
 
 def _add(ctx: Context, policy: Checkpoint, usage: Usage) -> None:

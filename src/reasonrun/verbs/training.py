@@ -109,6 +109,14 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
     )
 
 
+_REMEDY = "sample more (num_samples, temperature), make the task easier, or start from a stronger model"
+_REMEDIES = {  # by what most rows were left out for
+    "truncated": "raise method.max_new_tokens: most answers were cut off",
+    "no_gold_judgement": "give the items gold scores and feedbacks (task.layout and task.score_field say how the files are"
+    " read), or leave the first training out (method.seed_judge.epochs=0)",
+    "no_counterpart": "choose pairs with method.pairs.balance=winning or none: these scores only ever win, or only lose",
+    "no_gold": "take items with gold scores, or method.pairs.strategy=majority",
+}
 _NOT_LOST = ("correct", "evidence", "searched")  # left out of a choice because they have served, or need nothing
 
 
@@ -128,11 +136,12 @@ def _refuse_empty(ctx: Context, request: TrainRequest) -> None:
         if step.startswith(f"{scope}/") and step not in own:
             lost = {reason: n for reason, n in left_out.items() if reason not in _NOT_LOST}
             evidence.update({f"{step.removeprefix(scope + '/')}: {reason}": n for reason, n in lost.items()})
+    leading = evidence.most_common(1)[0][0] if evidence else ""
+    remedy = next((text for reason, text in _REMEDIES.items() if reason in leading), _REMEDY)
     raise Finding(
         f"step {request.name}: nothing to learn from. Of {num_rows} rows none was kept",
         evidence=dict(evidence),
-        hint="the same command says this again without work; sample more (num_samples, temperature), make the task"
-        " easier, or start from a stronger model",
+        hint=f"the same command says this again without work; {remedy}",
     )
 
 
