@@ -46,6 +46,7 @@ OVERRIDES = {
     "self_rationalize_arith": [
         "method.pairs.strategy=meta_judge",
         "method.num_items=[20,10]",
+        "method.seed_judge.num_items=8",
         "method.num_steps=8",
         "method.seed_judge.num_steps=4",
         "method.pairs.margin=1",
