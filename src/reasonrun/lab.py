@@ -74,7 +74,8 @@ class Lab:
 
     @property
     def is_rehearsal(self) -> bool:
-        """Whether this is a plan: nothing real is sampled or trained. For the end of a run, never for a method."""
+        """Whether this is a plan: nothing real is sampled or trained. For what a handful of
+        problems cannot show, such as the end of a run or a balanced choice; never for a method."""
         return self._context.planned is not None
 
     @contextmanager

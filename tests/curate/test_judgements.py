@@ -3,8 +3,6 @@
 from collections import Counter
 from types import SimpleNamespace
 
-import pytest
-
 from reasonrun.curate.group import Group
 from reasonrun.curate.judgements import PairRule, gold_judgements, judgement_pairs, share_out
 from reasonrun.errors import RecipeError
@@ -245,9 +243,3 @@ def test_an_item_without_a_gold_judgement_is_left_out_by_name():
     group = Group(problem=item(), prompt=lambda style: None, gold=lambda: None, solution=none)
     (left_out,) = gold_judgements(group, styles=["plain"], with_feedback=["plain"])
     assert left_out == LeftOut(rollout_id="p", reason="no_gold_judgement")
-
-
-@pytest.mark.parametrize("strategy", ["correct", "majority"])
-def test_the_same_seed_gives_the_same_pairs_in_another_order_of_calls(strategy):
-    judged = judgements(4, 1, 4, 2, 4, 5)
-    assert names(pairs(judged, strategy=strategy, seed=5)) == names(pairs(judged, strategy=strategy, seed=5))

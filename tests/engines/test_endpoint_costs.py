@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from engines.endpoint_stub import Reply, Stub, serving
+from engines.endpoint_stub import Reply, Stub, serving, verdict
 from reasonrun.cli.main import app
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.cli.status import describe, read_run
@@ -140,16 +140,16 @@ def test_a_limit_stops_the_run_resumably_and_a_higher_one_goes_on(tmp_path, stub
     assert read_run(tmp_path / "run")["endpoints"][0]["num_prompt_tokens"] == 100 * num
 
 
-def test_a_limit_needs_a_server_that_reports_usage(tmp_path):
-    silent = Stub(lambda body: Reply("### Final decision\nStep 1: correct", usage=False))
-    with serving(silent), pytest.raises(EnvironmentProblem, match="answers without usage"):
-        execute(
-            tmp_path / "run",
-            silent,
-            *PRICES,
-            "models.judge.endpoint.max_cost=1",
-            "models.judge.endpoint.max_parallel=1",
-        )
+def test_a_limit_needs_a_server_that_reports_usage_and_what_it_answered_is_kept(tmp_path, stub):
+    execute(tmp_path / "clean", stub)
+    silent = Stub(lambda body: Reply(verdict(body["messages"][-1]["content"]), usage=False))
+    one_by_one = ["models.judge.endpoint.max_parallel=1"]
+    with serving(silent):
+        with pytest.raises(EnvironmentProblem, match="answers without usage"):
+            execute(tmp_path / "run", silent, *PRICES, *one_by_one, "models.judge.endpoint.max_cost=1")
+        assert len(silent.asked) == 1
+        execute(tmp_path / "run", silent, *PRICES, *one_by_one)
+        assert len(silent.asked) == len(stub.asked)  # the first answer was not asked for again
 
 
 def test_a_limit_counts_the_steps_before(tmp_path, stub):

@@ -35,6 +35,7 @@ class Judge(Task):
 
     name = "judge"
     prompt_version = words.VERSION
+    reads_logps = True
     styles = frozenset({"plain", "score_only"})
     capabilities = frozenset({"solution", "gold_score", "question_about"})
 

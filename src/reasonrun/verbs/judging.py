@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from reasonrun.agreement import entropy_bits
 from reasonrun.grading.judgement import HIGHEST, LOWEST, Decision, JudgementGrader
 from reasonrun.ledger.steps import OpenStep
 from reasonrun.records import Graded, Rollout, Score
@@ -87,7 +87,6 @@ def _summary(scores: Sequence[Score], verdicts: Sequence[Verdicts], decision: De
     """Counts, and how the single verdicts spread: a judge that always says the same shows in the entropy."""
     rows = [(row, part.swapped) for part in verdicts for row in part.rows()]
     said = Counter(row.score.answer for row, _ in rows if row.score.answer is not None)
-    shares = [count / said.total() for count in said.values()]
     reasons = Counter(row.score.reason for row, _ in rows if row.score.answer is None)
     lengths = [len(row.rollout.completion_ids) for row, _ in rows if row.rollout.completion_ids]
     return {
@@ -98,7 +97,7 @@ def _summary(scores: Sequence[Score], verdicts: Sequence[Verdicts], decision: De
         "num_ungraded": sum(score.value is None for score in scores),
         "mean_score": _mean([score.value for score in scores if score.value is not None]),
         "histogram": dict(sorted(said.items())),
-        "entropy_bits": -sum(share * math.log2(share) for share in shares) + 0.0,
+        "entropy_bits": entropy_bits(said.values()),
         "mean_num_tokens": _mean(lengths),
         **({"first_share": said["A"] / said.total()} if decision == "choice" and said else {}),
     }

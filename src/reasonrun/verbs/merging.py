@@ -31,6 +31,7 @@ def merge(ctx: Context, name: str, models: Sequence[Checkpoint], weights: Sequen
     fingerprint = {
         "verb": "merge",
         "models": [model.weights for model in models],
+        "tokenizer": models[0].tokenizer,
         "weights": list(weights),
         "inputs": list(dict.fromkeys(model.step for model in models if model.step)),
     }

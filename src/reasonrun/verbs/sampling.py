@@ -153,9 +153,9 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
         in_flight = _InFlight()
         units = affordable(ctx, job.policy, _units(job, missing, ctx.host.unit_rows, in_flight))
         for _, completions in ctx.host.generate(job.policy, units):
-            for completion in completions:
-                count(ctx, job.policy, completion.usage)
             wal.append([(in_flight.take(c.request) * job.n + c.index, logged(c)) for c in completions])
+            for completion in completions:  # only after they are kept: they are paid for, and counting may end the run
+                count(ctx, job.policy, completion.usage)
             ctx.progress.advance(job.name, len(completions))
             ctx.check_stop()
     wal.flush()
