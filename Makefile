@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := $(VENV)/vllm
 
-.PHONY: demo test check fmt smoke bench tiny clean install
+.PHONY: demo test check heavy vllm slurm fmt smoke bench tiny clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -19,6 +20,23 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+heavy: install vllm slurm
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pytest -m heavy tests/heavy
+
+vllm: install $(VLLM)/.installed
+
+# An environment of its own, because vLLM pins what the trainers need otherwise; the engine finds it there.
+$(VLLM)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+slurm:
+	scripts/install_slurm.sh
 
 check: install
 	$(BIN)/ruff check .

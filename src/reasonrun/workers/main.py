@@ -1,8 +1,9 @@
-"""The entry point of a worker: ``python -P -m reasonrun.workers.main SUPERVISOR_PID``.
+"""The entry point of a worker: ``python -P -m reasonrun.workers.main PARENT_PID``.
 
 The process that the supervisor started stays small and guards; its child does the work (``serving.py``). The guard
 holds no lock that a library could take from it, so that it ends the whole process group, grandchildren included, the
-moment the supervisor or the child dies, whatever the child's threads are doing.
+moment its parent or the child dies, whatever the child's threads are doing. The parent is the supervisor, or on another
+machine whatever started the worker there; that one's number is not known before, and given as ``any``.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _GUARDED = {signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1}
 
 
 def main() -> None:
-    supervisor_pid = int(sys.argv[1])
+    parent_pid = os.getppid() if sys.argv[1] == "any" else int(sys.argv[1])
     if os.getpgrp() != os.getpid():
         os.setpgrp()
     # Ctrl-C reaches every process of a terminal; what it means is the supervisor's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Blocked before the fork, so that a child that dies at once is not missed.
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _GUARDED)
-    die_with_parent(signal.SIGTERM, supervisor_pid, _kill_group)
+    die_with_parent(signal.SIGTERM, parent_pid, _kill_group)
     guard_pid = os.getpid()
     child_pid = os.fork()
     if child_pid:

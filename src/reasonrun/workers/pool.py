@@ -32,6 +32,7 @@ class GenerationPool(CrewOwner):
         record_worker: called with (pid, process group) of every process before it is asked anything.
         python: interpreter of the workers; this one unless given.
         env: variables for all workers; ``device_env[i]`` adds those of worker i.
+        through: ``through[i]`` carries worker i to another machine; see ``WorkerSpec``.
         limits: when a worker counts as hanging.
         interrupted: asked ten times a second; a true value ends the workers and raises Stopped, whose exit code is
             that value, 75 when it is plainly True.
@@ -50,6 +51,7 @@ class GenerationPool(CrewOwner):
         python: str | None = None,
         env: Mapping[str, str] | None = None,
         device_env: Sequence[Mapping[str, str]] | None = None,
+        through: Sequence[Sequence[str]] | None = None,
         limits: Limits | None = None,
         interrupted: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -62,8 +64,11 @@ class GenerationPool(CrewOwner):
                 record_worker=record_worker,
                 python=python,
                 env={**(env or {}), **own_env},
+                through=tuple(own_through),
             )
-            for index, own_env in zip(range(num_workers), device_env or [{}] * num_workers, strict=True)
+            for index, own_env, own_through in zip(
+                range(num_workers), device_env or [{}] * num_workers, through or [()] * num_workers, strict=True
+            )
         ]
         super().__init__(Crew(specs, limits or Limits(), interrupted))
         self._checkpoint: Checkpoint | None = None

@@ -17,7 +17,11 @@ from reasonrun.workers import protocol
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """How to start one worker. ``record_worker(pid, pgid)`` is called once per start, before anything is asked."""
+    """How to start one worker. ``record_worker(pid, pgid)`` is called once per start, before anything is asked.
+
+    ``through`` is the beginning of a command that runs the rest of it elsewhere, and connects its standard streams to its
+    own: ``srun`` within an allocation, a relay into a Ray cluster. When that command ends, so must what it started.
+    """
 
     name: str
     setup: protocol.Setup
@@ -25,6 +29,12 @@ class WorkerSpec:
     record_worker: Callable[[int, int], None]
     python: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    through: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        parent = "any" if self.through else str(os.getpid())
+        return [*self.through, self.interpreter, "-P", "-m", "reasonrun.workers.main", parent]
 
     @property
     def interpreter(self) -> str:
@@ -44,7 +54,7 @@ def spawn(spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], int]:
     with spec.log_path.open("ab") as log:
         try:
             process = subprocess.Popen(
-                [spec.interpreter, "-P", "-m", "reasonrun.workers.main", str(os.getpid())],
+                spec.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -53,8 +63,10 @@ def spawn(spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], int]:
                 start_new_session=True,
             )
         except OSError as error:
+            if spec.through:
+                raise EnvironmentProblem(f"{spec.command[0]}, which starts a worker, cannot be run: {error}") from None
             raise EnvironmentProblem(
-                f"the worker's interpreter {spec.interpreter} cannot be started: {error.strerror}",
+                f"the worker's interpreter {spec.command[0]} cannot be started: {error.strerror}",
                 hint="launcher.python names a Python executable that has this version of reasonrun installed",
             ) from None
         return process, log.tell()

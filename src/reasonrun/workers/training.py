@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from reasonrun.contracts import TrainEvents
@@ -35,6 +35,7 @@ class TrainingWorker(CrewOwner):
         record_worker: Callable[[int, int], None],
         python: str | None = None,
         env: Mapping[str, str] | None = None,
+        through: Sequence[str] = (),
         limits: Limits | None = None,
         interrupted: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -45,6 +46,7 @@ class TrainingWorker(CrewOwner):
             record_worker=record_worker,
             python=python,
             env=env or {},
+            through=tuple(through),
         )
         super().__init__(Crew([spec], limits or Limits(), interrupted))
         self._num_processes = num_processes
