@@ -202,7 +202,10 @@ class Task(ABC):
 
 
 class Engine(Protocol):
-    """Generates completions. Sample ``index`` of a request depends on the request alone, never on the batch."""
+    """Generates completions. Sample ``index`` of a request depends on the request alone, never on the batch.
+
+    Settings with an ``interpreter`` (a Python executable, or None) name the environment of its workers.
+    """
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Make ``checkpoint`` the model that answers; returns when its weights are in place."""
@@ -218,6 +221,10 @@ class Engine(Protocol):
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probabilities at temperature 1 of each (prompt ids, completion ids), one list per pair."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back and keep the process; ``load`` wakes it."""
         ...
 
     def close(self) -> None:

@@ -1,33 +1,22 @@
-"""Where models run: inside the supervisor for the scripted engine, in worker processes for every other, and further
-models behind endpoints."""
+"""Where models run that need no worker processes: inside the supervisor for the scripted engine, and behind endpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from reasonrun import plugins
 from reasonrun.contracts import Task, TrainEvents
 from reasonrun.engines.endpoint import EndpointEngine
 from reasonrun.engines.scripted import Scripted
 from reasonrun.generation import Completion
-from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import remote, resolve
 from reasonrun.recipe import ResolvedRecipe
 from reasonrun.records import Checkpoint, Problem
 from reasonrun.rendering import Renderer
 from reasonrun.trainers.scripted import ScriptedTrainer
-from reasonrun.training import MergeJob, TrainJob, TrainKind, TrainResult
+from reasonrun.training import MergeJob, TrainJob, TrainResult
 from reasonrun.verbs.context import Host, TokenPair, Unit
-
-if TYPE_CHECKING:
-    from reasonrun.workers.pool import GenerationPool, TrainingWorker
-
-TRAINERS: dict[TrainKind, str] = {
-    "sft": "reasonrun.trainers.sft.SFT",
-    "preference": "reasonrun.trainers.preference.Preference",
-    "policy_gradient": "reasonrun.trainers.policy_gradient.PolicyGradient",
-}
 
 
 class InProcessHost:
@@ -54,68 +43,11 @@ class InProcessHost:
     def merge(self, job: MergeJob) -> None:
         self._trainer.merge(job)
 
+    def observed(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         self._engine.close()
-
-
-class WorkerHost:
-    """Worker processes, started when first needed and kept while the launcher says so."""
-
-    def __init__(self, recipe: ResolvedRecipe, run_dir: RunDir, interrupted: Callable[[], int]) -> None:
-        self._recipe, self._run_dir, self._interrupted = recipe, run_dir, interrupted
-        self._generation: GenerationPool | None = None
-        self._training: dict[TrainKind, TrainingWorker] = {}
-        self._loaded = ""
-        self.unit_rows = int(recipe.engine.unit_rows)
-        self._launcher = recipe.classes["launcher"](recipe.launcher)
-
-    def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
-        yield from self._generating(checkpoint).generate(units)
-
-    def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]:
-        return self._generating(checkpoint).logprobs(sequences)
-
-    def _generating(self, checkpoint: Checkpoint) -> GenerationPool:
-        """The generation workers, with ``checkpoint`` in place."""
-        if self._generation is None:
-            self._generation = self._launcher.generation(
-                recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
-            )
-            self._generation.prestart(checkpoint)
-            for kind in self._recipe.classes["method"].trains:  # imports take seconds, which sampling can hide
-                self._training_worker(kind).prestart()
-        if self._loaded != checkpoint.weights:
-            self._generation.load(checkpoint)
-            self._loaded = checkpoint.weights
-        return self._generation
-
-    def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
-        return self._training_worker(job.kind).train(job, events, retry=retry)
-
-    def merge(self, job: MergeJob) -> None:
-        from reasonrun.workers.merging import merge_in_process
-
-        merge_in_process(job, self._run_dir.record_worker, self._interrupted)
-
-    @property
-    def num_starts(self) -> int:
-        """Worker processes started so far."""
-        return sum(pool.num_starts for pool in self._pools())
-
-    def close(self) -> None:
-        for pool in self._pools():
-            pool.close()
-
-    def _training_worker(self, kind: TrainKind) -> TrainingWorker:
-        if kind not in self._training:
-            self._training[kind] = self._launcher.training(
-                TRAINERS[kind], recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
-            )
-        return self._training[kind]
-
-    def _pools(self) -> list[GenerationPool | TrainingWorker]:
-        generation = [] if self._generation is None else [self._generation]
-        return [*generation, *self._training.values()]
 
 
 class EndpointHost:
@@ -138,6 +70,9 @@ class EndpointHost:
 
     def merge(self, job: MergeJob) -> None:
         self._local.merge(job)
+
+    def observed(self) -> dict[str, Any]:
+        return self._local.observed()
 
     def close(self) -> None:
         for engine in self._engines.values():

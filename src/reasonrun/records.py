@@ -251,6 +251,14 @@ class LeftOut(Record):
     reason: str
 
 
+class Adapter(Record):
+    """Low-rank adapters that make a checkpoint out of another: an engine may serve them without merging."""
+
+    path: str
+    base: str  # digest of the weights that they were trained on
+    base_path: str
+
+
 class Checkpoint(Record):
     """A model on disk, or behind an endpoint.
 
@@ -266,3 +274,4 @@ class Checkpoint(Record):
     step: str = ""
     optimizer_path: str | None = None
     remote: bool = False
+    adapter: Adapter | None = None

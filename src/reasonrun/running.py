@@ -11,7 +11,7 @@ from typing import Any
 from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.conditions import conditions
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
-from reasonrun.hosts import WorkerHost, engine_is_scripted, further_models, scripted_host, with_endpoints
+from reasonrun.hosts import engine_is_scripted, further_models, scripted_host, with_endpoints
 from reasonrun.lab import Lab
 from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.catalogue import run_identity
@@ -24,6 +24,7 @@ from reasonrun.rendering import Renderer
 from reasonrun.settings import Effect
 from reasonrun.verbs.context import Context, Progress
 from reasonrun.verbs.evaluating import Evaluation
+from reasonrun.worker_host import WorkerHost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import Method
 from reasonrun.curate.filtering import gold_rows
 from reasonrun.errors import RecipeError, RunConflict, RunFailed, Stopped
-from reasonrun.hosts import WorkerHost
+from reasonrun.worker_host import WorkerHost
 from reasonrun.models import resolve
 from reasonrun.planning import Assumptions, compare, format_plan, plan
 from reasonrun.recipe import load

@@ -159,6 +159,10 @@ class HuggingFace:
             pending = [i for i in pending if i not in scored]
         return [scored[i] for i in range(len(sequences))]
 
+    def sleep(self) -> None:
+        """Give the model's memory back; the process keeps what it has imported."""
+        self.close()
+
     def close(self) -> None:
         """Give the model's memory back."""
         if self._scorer is None:

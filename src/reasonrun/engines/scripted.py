@@ -113,5 +113,8 @@ class Scripted:
         """A constant: the script has no distribution."""
         return [[-0.5] * len(completion) for _, completion in sequences]
 
+    def sleep(self) -> None:
+        pass
+
     def close(self) -> None:
         """Nothing to give back."""

@@ -66,6 +66,11 @@ class Local:
         devices: Literal["auto", "cpu"] | tuple[int | str, ...] = setting(
             "auto", Effect.NUMERIC, "GPUs to use, by number or UUID; auto takes all visible ones, cpu none."
         )
+        residency: Literal["auto", "exit", "sleep", "resident"] = setting(
+            "auto",
+            Effect.OPERATIONAL,
+            "While training, the engine's process exits, sleeps without its memory, or stays; auto stays on the CPU only.",
+        )
         python: str | None = setting(
             None, Effect.OPERATIONAL, "Python executable of the workers; null takes the one that runs reasonrun."
         )
@@ -88,8 +93,18 @@ class Local:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def generation(self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int]) -> GenerationPool:
-        """The pool for the recipe's engine; no process is started yet."""
+    @property
+    def residency(self) -> Literal["exit", "sleep", "resident"]:
+        """What becomes of the engine while a trainer works: on the CPU memory is plenty, on a GPU it is all taken."""
+        chosen = self.settings.residency
+        if chosen != "auto":
+            return chosen
+        return "exit" if self._devices() else "resident"
+
+    def generation(
+        self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], name: str = "generation"
+    ) -> GenerationPool:
+        """The pool for the recipe's engine, whose workers are called ``name``; no process is started yet."""
         from reasonrun.workers.pool import GenerationPool
 
         placement = self.placement()
@@ -99,7 +114,8 @@ class Local:
             num_workers=placement.num_workers,
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
-            python=self.settings.python,
+            name=name,
+            python=getattr(recipe.engine, "interpreter", None) or self.settings.python,
             device_env=placement.device_env,
             limits=self._limits(self.settings.stall_seconds),
             interrupted=interrupted,
@@ -136,7 +152,7 @@ class Local:
             EnvironmentProblem: the devices cannot be listed.
         """
         settings = self.settings
-        devices = find_devices() if settings.devices == "auto" else _named_devices(settings.devices)
+        devices = self._devices()
         num_processes = settings.num_processes or max(1, len(devices))
         if devices and num_processes > len(devices):
             raise RecipeError(
@@ -150,6 +166,9 @@ class Local:
             device_env=tuple({**_visible(part), **_threads(num_workers)} for part in _divide(devices, num_workers)),
             training_env={**_visible(devices[:num_processes]), **_threads(num_processes)},
         )
+
+    def _devices(self) -> list[str]:
+        return find_devices() if self.settings.devices == "auto" else _named_devices(self.settings.devices)
 
     def _limits(self, stall_seconds: float) -> Limits:
         from reasonrun.workers.pool import Limits

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from reasonrun.contracts import TrainEvents
 from reasonrun.errors import RecipeError
 from reasonrun.model_folder import ModelFolder
+from reasonrun.probing import probe_ids
 from reasonrun.randomness import derive_seed
 from reasonrun.trainers import launch
 from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
@@ -220,7 +221,21 @@ def _write_outputs(model: Any, optimizer: Any, job: TrainJob, stored_dtype: torc
         model = model.float().merge_and_unload()
     else:
         write_moments(model, optimizer, out_dir / "optimizer")
-    write_model(model.to(stored_dtype), Path(job.start.path), out_dir / "final")
+    model = model.to(stored_dtype)
+    write_model(model, Path(job.start.path), out_dir / "final", _probe_logps(model))
+
+
+def _probe_logps(model: Any) -> list[float]:
+    """Log-probabilities of the probe under the weights as they are stored, by which an engine proves that it has them."""
+    ids = torch.tensor([probe_ids(model.config.get_text_config().vocab_size)], device=model.device)
+    stored_dtype = model.dtype
+    model.eval()
+    with torch.inference_mode():
+        # Stored weights, exact arithmetic: what every engine approximates.
+        logits_TV = model.float()(input_ids=ids).logits[0, :-1].float()
+        logps_T = logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    model.to(stored_dtype)
+    return [float(logp) for logp in logps_T]
 
 
 def _result(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reasonrun.errors import RunFailed
 from reasonrun.model_folder import copy_all_but_weights
+from reasonrun.probing import write_probe
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +37,16 @@ def commit_folder(staged: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def write_model(model: Any, start_dir: Path, target: Path) -> None:
-    """Write a model folder that any engine loads: new weights, everything else as in ``start_dir``."""
+def write_model(model: Any, start_dir: Path, target: Path, probe_logps: Sequence[float]) -> None:
+    """Write a model folder that any engine loads: new weights, everything else as in ``start_dir``.
+
+    ``probe_logps`` go beside them, as evidence of what these weights compute.
+    """
     staged = target.with_name(target.name + ".partial")
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(staged)
     copy_all_but_weights(start_dir, staged)
+    write_probe(staged, probe_logps)
     commit_folder(staged, target)
 
 

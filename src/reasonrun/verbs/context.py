@@ -40,6 +40,10 @@ class Host(Protocol):
 
     def merge(self, job: MergeJob) -> None: ...
 
+    def observed(self) -> dict[str, Any]:
+        """What happened since the last call that belongs to no result: switches, differences between engine and trainer."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -198,12 +202,13 @@ class Context:
 
     @contextmanager
     def timed(self, step: str, verb: str) -> Iterator[None]:
-        """Note the seconds that this attempt spent on a step; they never enter the step itself."""
+        """Note the seconds that this attempt spent on a step, and what it saw of the engine; they never enter the step."""
         begin = time.monotonic()
         try:
             yield
         finally:
-            self.note({"step": step, "verb": verb, "seconds": round(time.monotonic() - begin, 3)})
+            seconds = round(time.monotonic() - begin, 3)
+            self.note({"step": step, "verb": verb, "seconds": seconds, **self.host.observed()})
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line about this attempt; nothing that a result depends on."""

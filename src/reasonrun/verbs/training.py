@@ -13,7 +13,7 @@ from reasonrun.errors import Finding, RecipeError
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.models import weights_digest
 from reasonrun.randomness import derive_seed
-from reasonrun.records import Checkpoint
+from reasonrun.records import Adapter, Checkpoint
 from reasonrun.samples import ExampleSet, Extent, OnPolicy
 from reasonrun.settings import semantic
 from reasonrun.training import OptimizerSettings, TrainJob, TrainKind, TrainResult
@@ -106,6 +106,9 @@ def train(ctx: Context, request: TrainRequest) -> Checkpoint:
         parent=request.start.weights,
         step=request.name,
         optimizer_path=str(step.folder("optimizer")) if (step.path / "optimizer").is_dir() else None,
+        adapter=Adapter(path=str(step.folder("adapter")), base=request.start.weights, base_path=request.start.path)
+        if (step.path / "adapter").is_dir()
+        else None,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reasonrun.errors import RunFailed
 from reasonrun.generation import Completion, Request
+from reasonrun.probing import Proof
 from reasonrun.records import Checkpoint
 from reasonrun.workers import protocol
 from reasonrun.workers.crew import Crew, CrewOwner, Item, Limits
@@ -28,7 +29,7 @@ class GenerationPool(CrewOwner):
     Args:
         engine_class_path: dotted path of the engine's class; its ``Settings`` read ``settings_json`` in the worker.
         num_workers: processes that generate at the same time.
-        attempt_dir: logs go to ``attempt_dir/logs/generation-<i>.log``.
+        attempt_dir: logs go to ``attempt_dir/logs/<name>-<i>.log``.
         record_worker: called with (pid, process group) of every process before it is asked anything.
         python: interpreter of the workers; this one unless given.
         env: variables for all workers; ``device_env[i]`` adds those of worker i.
@@ -36,6 +37,7 @@ class GenerationPool(CrewOwner):
         limits: when a worker counts as hanging.
         interrupted: asked ten times a second; a true value ends the workers and raises Stopped, whose exit code is
             that value, 75 when it is plainly True.
+        name: what the workers are called in logs and errors.
 
     Every error that leaves a method has ended the workers that were busy; the pool can be used again.
     """
@@ -54,11 +56,12 @@ class GenerationPool(CrewOwner):
         through: Sequence[Sequence[str]] | None = None,
         limits: Limits | None = None,
         interrupted: Callable[[], int] = lambda: 0,
+        name: str = "generation",
     ) -> None:
         setup = protocol.Setup(role="generation", class_path=engine_class_path, settings=settings_json)
         specs = [
             WorkerSpec(
-                name=f"generation-{index}",
+                name=f"{name}-{index}",
                 setup=setup,
                 attempt_dir=attempt_dir,
                 record_worker=record_worker,
@@ -72,26 +75,58 @@ class GenerationPool(CrewOwner):
         ]
         super().__init__(Crew(specs, limits or Limits(), interrupted))
         self._checkpoint: Checkpoint | None = None
+        self._probe: tuple[int, ...] = ()
+        self._proof: Proof | None = None
+        self._probed: dict[int, tuple[float, ...]] = {}  # by slot, of the model that is there
         self._num_calls = 0
         self._dispatching = False
         self._num_idle_crashes: Counter[int] = Counter()
         self.num_loads = 0
         self.load_seconds = 0.0
 
-    def prestart(self, checkpoint: Checkpoint | None = None) -> None:
+    def prestart(self, checkpoint: Checkpoint | None = None, probe: Sequence[int] = ()) -> None:
         """Start all workers that do not run, and the load of ``checkpoint`` if given, without waiting."""
         self._refuse_while_dispatching()
-        self._checkpoint = checkpoint or self._checkpoint
+        if checkpoint is not None:
+            if not _same(self._checkpoint, checkpoint):
+                self._proof = None
+                self._probed.clear()
+            self._checkpoint, self._probe = checkpoint, tuple(probe)
         self._crew.start_missing()
         self._load_missing()
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, probe: Sequence[int] = ()) -> None:
         """Have every worker answer with ``checkpoint``; returns when all have its weights in place.
+
+        Args:
+            checkpoint: the policy.
+            probe: tokens that every worker scores after every load, for ``prove``.
 
         Raises WorkerCrash when a worker ends again and again while it loads.
         """
-        self.prestart(checkpoint)
+        self.prestart(checkpoint, probe)
         while len(self._free_slots()) < len(self._crew.specs):
+            for slot, item in self._turn():
+                self._note_idle(slot, item)
+
+    def prove(self, proof: Proof) -> float:
+        """Check what the workers' probes came to, now and whenever one of them loads this checkpoint again.
+
+        Returns the largest mean difference of a worker from the trainer. Raises RunFailed when a worker has other weights;
+        all are ended then.
+        """
+        self._proof = proof
+        return max((self._check_probe(slot) for slot in self._probed), default=0.0)
+
+    def sleep(self) -> None:
+        """Have every worker give its device's memory back and wait; ``load`` wakes them."""
+        self._refuse_while_dispatching()
+        self._checkpoint = None
+        while awake := [w for w in self._crew.workers.values() if w.call is not None or w.loaded is not None]:
+            for worker in awake:
+                if worker.call is None:
+                    self._num_calls += 1
+                    worker.send(protocol.Sleep(call=self._num_calls))
             for slot, item in self._turn():
                 self._note_idle(slot, item)
 
@@ -177,9 +212,20 @@ class GenerationPool(CrewOwner):
                 self._num_idle_crashes[slot] = 0
                 self.num_loads += 1
                 self.load_seconds += item.seconds
+                self._probed[slot] = item.probe_logps
+                if self._proof is not None:
+                    self._check_probe(slot)
             else:
                 items.append((slot, item))
         return items
+
+    def _check_probe(self, slot: int) -> float:
+        assert self._proof is not None
+        try:
+            return self._proof.check(self._crew.specs[slot].name, self._probed[slot])
+        except RunFailed:
+            self._crew.end_all()
+            raise
 
     def _note_idle(self, slot: int, item: protocol.FromWorker | protocol.WorkerCrash) -> None:
         if not isinstance(item, protocol.WorkerCrash):
@@ -194,7 +240,7 @@ class GenerationPool(CrewOwner):
         for worker in self._crew.workers.values():
             if self._checkpoint is not None and worker.call is None and not _same(worker.loaded, self._checkpoint):
                 self._num_calls += 1
-                worker.send(protocol.Load(call=self._num_calls, checkpoint=self._checkpoint))
+                worker.send(protocol.Load(call=self._num_calls, checkpoint=self._checkpoint, probe=self._probe))
 
     def _free_slots(self) -> list[int]:
         workers = self._crew.workers.items()

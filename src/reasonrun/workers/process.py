@@ -125,6 +125,8 @@ class WorkerProcess:
             case protocol.Loaded():
                 assert isinstance(self.call, protocol.Load)
                 self.loaded, self.call = self.call.checkpoint, None
+            case protocol.Slept():
+                self.loaded = self.call = None
             case protocol.Generated() | protocol.Scored() | protocol.Trained():
                 self.call = None
 

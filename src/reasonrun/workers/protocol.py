@@ -1,6 +1,6 @@
 """What supervisor and worker say to each other: one JSON object a line over two pipes that nothing else writes to.
 
-The supervisor writes ``Setup``, then calls (``Load``, ``Generate``, ``Logprobs``, ``Train``), then ``Exit``. A worker
+The supervisor writes ``Setup``, then calls (``Load``, ``Sleep``, ``Generate``, ``Logprobs``, ``Train``), then ``Exit``. A worker
 writes ``Hello`` before anything else, ``Heartbeat`` all the time, and one answer per call, with the call's number.
 """
 
@@ -61,9 +61,19 @@ class Setup(WireRecord):
 
 
 class Load(WireRecord):
+    """``probe``: tokens whose log-probabilities the answer brings, as evidence of the weights."""
+
     kind: Literal["load"] = "load"
     call: int
     checkpoint: Checkpoint
+    probe: tuple[int, ...] = ()
+
+
+class Sleep(WireRecord):
+    """Give the device's memory back and keep the process; the next ``Load`` wakes it."""
+
+    kind: Literal["sleep"] = "sleep"
+    call: int
 
 
 class Generate(WireRecord):
@@ -109,6 +119,12 @@ class Loaded(WireRecord):
     kind: Literal["loaded"] = "loaded"
     call: int
     seconds: float
+    probe_logps: tuple[float, ...] = ()
+
+
+class Slept(WireRecord):
+    kind: Literal["slept"] = "slept"
+    call: int
 
 
 class Generated(WireRecord):
@@ -156,8 +172,8 @@ class Heartbeat(WireRecord):
     seconds: float
 
 
-ToWorker = Setup | Load | Generate | Logprobs | Train | Exit
-FromWorker = Hello | Ready | Loaded | Generated | Scored | Event | Trained | Failed | Heartbeat
+ToWorker = Setup | Load | Sleep | Generate | Logprobs | Train | Exit
+FromWorker = Hello | Ready | Loaded | Slept | Generated | Scored | Event | Trained | Failed | Heartbeat
 _TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 

@@ -18,6 +18,7 @@ import reasonrun
 from reasonrun.contracts import Engine, Trainer
 from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
 from reasonrun.generation import Completion, Request
+from reasonrun.probing import probe_pair
 from reasonrun.workers import protocol
 
 HEARTBEAT_SECONDS = 1.0
@@ -127,7 +128,7 @@ class _Server:
                 return False
             case protocol.Train():
                 self._train(message)
-            case protocol.Load() | protocol.Generate() | protocol.Logprobs():
+            case protocol.Load() | protocol.Sleep() | protocol.Generate() | protocol.Logprobs():
                 self._ask_engine(message)
         return True
 
@@ -139,14 +140,20 @@ class _Server:
             self._engine = self._progress.plugin = cls(cls.Settings.model_validate_json(setup.settings))
         self._channel.send(protocol.Ready(seconds=time.monotonic() - self._started))
 
-    def _ask_engine(self, message: protocol.Load | protocol.Generate | protocol.Logprobs) -> None:
+    def _ask_engine(self, message: protocol.Load | protocol.Sleep | protocol.Generate | protocol.Logprobs) -> None:
         if self._engine is None:
             raise RunFailed(f"a worker was asked to {message.kind} before it had an engine")
         match message:
             case protocol.Load():
                 began = time.monotonic()
                 self._engine.load(message.checkpoint)
-                self._channel.send(protocol.Loaded(call=message.call, seconds=time.monotonic() - began))
+                probe = [probe_pair(message.probe)] if message.probe else []
+                probed = tuple(float(logp) for row in self._engine.logprobs(probe) for logp in row) if probe else ()
+                seconds = time.monotonic() - began
+                self._channel.send(protocol.Loaded(call=message.call, seconds=seconds, probe_logps=probed))
+            case protocol.Sleep():
+                self._engine.sleep()
+                self._channel.send(protocol.Slept(call=message.call))
             case protocol.Generate():
                 completions = self._generate(self._engine, message.requests)
                 self._channel.send(protocol.Generated(call=message.call, completions=tuple(completions)))
