@@ -26,7 +26,7 @@ def evaluated(scope: str, section: dict[str, Any] | None, split: str = "dev") ->
 
 
 def table_of(*rows: dict[str, Any]) -> list[list[str]]:
-    lines = format_table(round_table(rows, {}))
+    lines = format_table(round_table(rows, []))
     return [[cell for cell in line.split("  ") if cell] for line in lines]
 
 

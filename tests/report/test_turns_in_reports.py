@@ -27,7 +27,7 @@ def points(change: dict[str, object]) -> str:
 
 def test_the_table_of_rounds_has_the_second_attempt_and_its_gain(make_run: MakeRun) -> None:
     run = open_run(make_run(TURNS))
-    header, *lines = format_table(round_table(run.rows, {}))
+    header, *lines = format_table(round_table(run.rows, []))
     names = ["dev greedy ", "dev greedy t2", "delta", "dev sampled ", "dev sampled t2", "tried"]
     assert [header.index(name) for name in names] == sorted(header.index(name) for name in names)
     assert header.count("delta") == 2
@@ -50,7 +50,7 @@ def test_the_table_of_rounds_has_the_second_attempt_and_its_gain(make_run: MakeR
 
 def test_runs_of_one_attempt_show_no_such_columns(make_run: MakeRun) -> None:
     run = open_run(make_run())
-    text = "\n".join(format_table(round_table(run.rows, {})) + format_result(run.result or {}))
+    text = "\n".join(format_table(round_table(run.rows, [])) + format_result(run.result or {}))
     assert "delta" not in text and "t2" not in text and text.count("test sampled  base ") == 1
 
 

@@ -18,7 +18,6 @@ from reasonrun.cli.progress import SilentProgress
 from reasonrun.contracts import Method
 from reasonrun.curate.filtering import gold_rows
 from reasonrun.errors import RecipeError, RunConflict, RunFailed, Stopped
-from reasonrun.worker_host import WorkerHost
 from reasonrun.models import resolve
 from reasonrun.planning import Assumptions, compare, format_plan, plan
 from reasonrun.recipe import load
@@ -26,6 +25,7 @@ from reasonrun.recipe_fields import ModelSettings
 from reasonrun.running import RunOptions, run
 from reasonrun.settings import Settings as SettingsBase
 from reasonrun.training import MergeJob, SFTSettings
+from reasonrun.worker_host import WorkerHost
 from reasonrun.workers.merging import merge_in_process
 
 SMALL = ["task.num_train=8", "task.num_dev=2", "task.num_test=2", "evaluate.num_samples=0", "evaluate.max_new_tokens=8"]

@@ -39,13 +39,15 @@ def read_run(run: Path) -> dict[str, Any]:
     """What the files of a run say. Raises RecipeError when the folder is no run."""
     check_is_run(run)
     rows = read_lines(run / "metrics.jsonl")
+    notes = attempt_notes(run)
     done = run / "_OK.json"
     return {
         "state": "finished" if done.exists() else "unfinished",
         "num_attempts": len(list(run.glob("attempts/*"))),
         "num_steps": len(rows),
         "steps": rows,
-        "seconds": seconds_by_step(attempt_notes(run)),
+        "seconds": seconds_by_step(notes),
+        "notes": notes,
         "endpoints": spending_document(spending(run, rows)),
         "result": json.loads(done.read_text())["content"]["result"] if done.exists() else None,
     }
@@ -54,7 +56,7 @@ def read_run(run: Path) -> dict[str, Any]:
 def describe(run: Path, state: dict[str, Any]) -> list[str]:
     """A run as text: its state, its rounds, its result."""
     lines = [f"{run}: {state['state']}, {state['num_steps']} steps committed, {state['num_attempts']} attempts", ""]
-    lines += format_table(round_table(state["steps"], state["seconds"]))
+    lines += format_table(round_table(state["steps"], state["notes"]))
     if state["endpoints"]:
         lines += ["", *format_spending([Spending(**line) for line in state["endpoints"]])]
     if state["result"] and "test" in state["result"]:

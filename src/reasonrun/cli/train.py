@@ -13,7 +13,7 @@ from reasonrun.errors import Finding
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
 from reasonrun.recipe import load
-from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
+from reasonrun.report.rounds import format_result, format_table, round_table
 from reasonrun.report.run_record import attempt_notes
 from reasonrun.report.spending import format_spending, spending
 from reasonrun.running import Outcome, RunOptions, run, run_directory
@@ -67,9 +67,8 @@ def show(outcome: Outcome) -> None:
     if outcome.already_finished:
         typer.echo(f"{directory} is finished; nothing to do")
     rows = read_lines(directory / "metrics.jsonl")
-    seconds = seconds_by_step(attempt_notes(directory))
     typer.echo("")
-    for line in format_table(round_table(rows, seconds)):
+    for line in format_table(round_table(rows, attempt_notes(directory))):
         typer.echo(line)
     typer.echo("")
     for line in format_result(outcome.result):

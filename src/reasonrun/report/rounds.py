@@ -27,18 +27,21 @@ class RoundRow:
     loss: float | None = None
     pairs: tuple[float, float] | None = None  # reward margin and pair accuracy on held-out pairs
     seconds: dict[str, float] = field(default_factory=dict)
+    num_switches: int = 0  # changes of what is on the devices
+    switch_seconds: float = 0.0
+    mismatch: float | None = None  # largest mean difference per token between the engine and the trainer
 
     @property
     def kept_share(self) -> float | None:
         return self.num_kept / self.num_rollouts if self.num_rollouts else None
 
 
-def round_table(rows: Iterable[dict[str, Any]], seconds: dict[str, float]) -> list[RoundRow]:
+def round_table(rows: Iterable[dict[str, Any]], notes: Sequence[dict[str, Any]]) -> list[RoundRow]:
     """Rows of the metrics record, folded by outermost scope, in order; evaluation samples are not counted as tries.
 
     Args:
         rows: lines of ``metrics.jsonl``.
-        seconds: seconds by step name, summed over attempts.
+        notes: what the attempts noted about steps: seconds, switches, differences between engine and trainer.
     """
     table: dict[str, RoundRow] = {}
     for row in rows:
@@ -47,13 +50,24 @@ def round_table(rows: Iterable[dict[str, Any]], seconds: dict[str, float]) -> li
             continue
         line = table.setdefault(scope, RoundRow(scope=scope))
         _fold(line, row, in_evaluation=rest.startswith("evaluate/") or rest.startswith("test-"))
-    for step, spent in seconds.items():
+    for step, spent in seconds_by_step(notes).items():
         scope, _, rest = step.partition("/")
         if scope in table:
             verb = "evaluate" if rest.startswith(("evaluate", "test-")) else rest.split("-")[0]
             by_verb = table[scope].seconds
             by_verb[verb] = by_verb.get(verb, 0.0) + spent
+    for note in notes:
+        scope = note.get("step", "").partition("/")[0]
+        if scope in table:
+            _fold_note(table[scope], note)
     return list(table.values())
+
+
+def _fold_note(line: RoundRow, note: dict[str, Any]) -> None:
+    line.num_switches += note.get("switches", 0)
+    line.switch_seconds += note.get("switch_seconds", 0.0)
+    if "mean" in note.get("mismatch", {}):
+        line.mismatch = max(line.mismatch or 0.0, note["mismatch"]["mean"])
 
 
 def _fold(line: RoundRow, row: dict[str, Any], *, in_evaluation: bool) -> None:
@@ -90,6 +104,7 @@ def format_table(table: list[RoundRow]) -> list[str]:
     parts = list(dict.fromkeys(p for line in table for p in line.evaluations if " " not in p))
     with_pairs = any(line.pairs for line in table)
     pairs_header = ["held-out margin, pairs right"] if with_pairs else []
+    engine_columns = _engine_columns(table)
     header = [
         "round",
         *(column for p in parts for column in (f"dev {p}", *_correction_header(table, p), *_judging_header(table, p))),
@@ -100,6 +115,7 @@ def format_table(table: list[RoundRow]) -> list[str]:
         "hinted",
         "steps",
         "tokens",
+        *engine_columns,
         "seconds",
     ]
     body = [header]
@@ -113,9 +129,25 @@ def format_table(table: list[RoundRow]) -> list[str]:
             scores.append("-" if line.pairs is None else f"{line.pairs[0]:.3f}, {line.pairs[1]:.1%}")
         counts = [line.num_rollouts, line.num_correct, line.num_kept, line.num_hinted, line.num_steps, line.num_tokens]
         spent = " ".join(f"{verb} {value:.1f}" for verb, value in line.seconds.items())
-        body.append([line.scope, *scores, *(f"{count:,}" if count else "-" for count in counts), spent])
+        engine = [_engine_cell(line, column) for column in engine_columns]
+        body.append([line.scope, *scores, *(f"{count:,}" if count else "-" for count in counts), *engine, spent])
     widths = [max(len(row[column]) for row in body) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+
+
+def _engine_columns(table: list[RoundRow]) -> list[str]:
+    """What is shown of the engine, where there is anything to show."""
+    shown = {
+        "switches": any(line.num_switches for line in table),
+        "engine off by": any(line.mismatch is not None for line in table),
+    }
+    return [column for column, is_shown in shown.items() if is_shown]
+
+
+def _engine_cell(line: RoundRow, column: str) -> str:
+    if column == "switches":
+        return f"{line.num_switches} in {line.switch_seconds:.1f} s" if line.num_switches else "-"
+    return "-" if line.mismatch is None else f"{line.mismatch:.1e}"
 
 
 def _correction_header(table: list[RoundRow], part: str) -> list[str]:
