@@ -17,7 +17,8 @@ from worker_stubs import expected_completions, make_checkpoint, make_request
 
 from reasonrun.errors import Finding, RecipeError, RunFailed, Stopped
 from reasonrun.generation import Request
-from reasonrun.workers import process
+from reasonrun.probing import Proof
+from reasonrun.workers import process, protocol
 from reasonrun.workers.pool import GenerationPool, Limits
 from reasonrun.workers.protocol import WorkerCrash
 
@@ -279,3 +280,46 @@ def test_worker_that_dies_while_idle_costs_no_unit_its_good_name(
     # The unit ends one worker itself; were the first one counted too, it would be set aside.
     assert collect(pool.generate(make_units(1))) == expect(make_units(1))
     assert pool.num_starts == 3
+
+
+def test_every_load_is_proved(make_pool: MakePool, started: list[int]) -> None:
+    """The stub's log-probability of token 4 after 3 is -7, and one less for each letter more in the weights' name."""
+    pool = make_pool(num_workers=2)
+    pool.load(make_checkpoint(), (3, 4))
+    assert pool.prove(Proof(policy="round-001/train", logps=(-7.0,))) == 0
+    os.killpg(started[0], signal.SIGKILL)
+    assert collect(pool.generate(make_units(3))) == expect(
+        make_units(3)
+    )  # the worker that was restarted is proved, too
+    with pytest.raises(RunFailed, match=r"generation-[01] does not answer with the weights of round-001/train"):
+        pool.prove(Proof(policy="round-001/train", logps=(-9.0,)))
+    assert not any(group_runs(pgid) for pgid in started)
+
+
+def test_a_worker_that_loads_other_weights_after_a_restart_is_found(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool()
+    pool.load(make_checkpoint(), (3, 4))
+    pool.prove(Proof(policy="p", logps=(-7.0,)))
+    send = process.WorkerProcess.send
+
+    def mislead(worker: process.WorkerProcess, message: protocol.ToWorker) -> None:
+        other = {"checkpoint": make_checkpoint("other")} if isinstance(message, protocol.Load) else {}
+        send(worker, message.model_copy(update=other))
+
+    monkeypatch.setattr(process.WorkerProcess, "send", mislead)
+    pool._crew.end_all()
+    with pytest.raises(RunFailed, match="does not answer with the weights of p"):
+        collect(pool.generate(make_units(1)))
+
+
+def test_workers_sleep_and_are_woken_by_a_load(make_pool: MakePool) -> None:
+    pool = make_pool(num_workers=2)
+    pool.load(make_checkpoint())
+    pool.sleep()
+    with pytest.raises(RuntimeError, match="load a checkpoint"):
+        collect(pool.generate(make_units(1)))
+    pool.load(make_checkpoint())
+    assert collect(pool.generate(make_units(2))) == expect(make_units(2))
+    assert (pool.num_starts, pool.num_loads) == (2, 4)

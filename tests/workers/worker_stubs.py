@@ -103,7 +103,11 @@ class Stub:
         make_trouble(self.settings.trouble)
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        return [[-float(sum(prompt_ids) + token_id) for token_id in ids] for prompt_ids, ids in sequences]
+        shift = len(self.weights)  # so that weights can be told apart
+        return [[-float(sum(prompt_ids) + token_id + shift - 2) for token_id in ids] for prompt_ids, ids in sequences]
+
+    def sleep(self) -> None:
+        self.weights = "asleep"
 
     def close(self) -> None:
         if self.settings.log_path:
