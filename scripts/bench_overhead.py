@@ -2,6 +2,7 @@
 
 python scripts/bench_overhead.py share     # P4
 python scripts/bench_overhead.py resume    # P9
+python scripts/bench_overhead.py resume --recipe star_arith engine=vllm engine.enforce_eager=true
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def share() -> dict[str, Any]:
     }
 
 
-def first_answer(directory: Path) -> None:
+def first_answer(directory: Path, recipe: list[str]) -> None:
     """Run until the first completions of this attempt are there; print the seconds since this interpreter began."""
     note = WorkerProcess._note
 
@@ -125,16 +126,16 @@ def first_answer(directory: Path) -> None:
             os.killpg(0, signal.SIGKILL)
 
     WorkerProcess._note = timed  # type: ignore[method-assign]
-    run(load("star_arith"), RunOptions(directory=directory), SilentProgress())
+    run(load(recipe[0], recipe[1:]), RunOptions(directory=directory), SilentProgress())
 
 
-def resume() -> dict[str, Any]:
+def resume(recipe: list[str]) -> dict[str, Any]:
     """P9: from the start of the command to its first new completions, in a new run and in one killed in round 2."""
-    command = [sys.executable, __file__, "first", "--directory"]
+    command = [sys.executable, __file__, "first"]
 
     def seconds(directory: Path) -> float:
         done = subprocess.run(
-            [*command, str(directory)],
+            [*command, "--directory", str(directory), "--recipe", *recipe],
             env={**os.environ, "BENCH_BEGAN": str(time.time())},
             stdout=subprocess.PIPE,
             text=True,
@@ -145,7 +146,7 @@ def resume() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cold = [seconds(Path(folder) / f"cold-{number}") for number in range(3)]
         killed = Path(folder) / "killed"
-        train = [sys.executable, "-m", "reasonrun.cli.main", "train", "star_arith", "--run", str(killed)]
+        train = [sys.executable, "-m", "reasonrun.cli.main", "train", *recipe, "--run", str(killed)]
         process = subprocess.Popen(train, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         while not list(killed.glob("steps/round-002/sample/*")):
             time.sleep(0.05)
@@ -154,18 +155,24 @@ def resume() -> dict[str, Any]:
         resumed = [seconds(killed) for _ in range(3)]
     cold.sort()
     resumed.sort()
-    return {"cold_seconds": cold, "resumed_seconds": resumed, "difference_of_medians": round(resumed[1] - cold[1], 2)}
+    return {
+        "recipe": recipe,
+        "cold_seconds": cold,
+        "resumed_seconds": resumed,
+        "difference_of_medians": round(resumed[1] - cold[1], 2),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("share", "resume", "first"))
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--recipe", nargs="+", default=["star_arith"], help="of P9: a recipe and overrides")
     args = parser.parse_args()
     if args.what == "first":
-        first_answer(args.directory)
+        first_answer(args.directory, args.recipe)
     else:
-        print(json.dumps(share() if args.what == "share" else resume()))
+        print(json.dumps(share() if args.what == "share" else resume(args.recipe)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TRAINERS: dict[TrainKind, str] = {
     "policy_gradient": "reasonrun.trainers.policy_gradient.PolicyGradient",
 }
 Residency = Literal["exit", "sleep", "resident"]
-_COMPARED_ROLLOUTS = 16  # of each step that samples, by an engine that computes otherwise than the trainers do
+_COMPARED_ROLLOUTS = 16  # of each policy, where the engine computes otherwise than the trainers do
 
 
 class WorkerHost:
@@ -47,6 +47,7 @@ class WorkerHost:
         self._training: dict[TrainKind, TrainingWorker] = {}
         self._loaded = ""
         self._last_proof: Proof | None = None
+        self._compared = ""  # weights of the last policy whose rollouts were compared
         self._sampled: tuple[Checkpoint, list[tuple[Request, Completion]]] | None = None  # not compared yet
         self._num_ended_starts = 0
         self._observed: dict[str, Any] = {}
@@ -57,9 +58,10 @@ class WorkerHost:
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         pool = self._generating(checkpoint)
-        if self._is_transformers:
+        if self._is_transformers or self._compared == checkpoint.weights:
             yield from pool.generate(units)
             return
+        self._compared = checkpoint.weights
         compared = _Compared(units)
         yield from compared.taken_from(pool.generate(compared.units()))
         if compared.rollouts:

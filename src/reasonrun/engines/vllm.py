@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import JsonValue
 
+from reasonrun.engines._answers import check_length, finished, seed_of
 from reasonrun.errors import EnvironmentProblem, RecipeError, RunFailed
 from reasonrun.generation import Completion, Request
 from reasonrun.model_folder import ModelFolder
-from reasonrun.randomness import row_seed
 from reasonrun.records import Checkpoint, Sampling
 from reasonrun.rendering import Renderer
 from reasonrun.settings import Effect, setting
@@ -312,15 +312,7 @@ class VLLM:
 
     def _check_length(self, num_prompt: int, num_new: int) -> None:
         engine, renderer = self._loaded()
-        if num_prompt == 0:
-            raise ValueError("a prompt needs at least one token")
-        limit = min(renderer.context_length, engine.model_config.max_model_len)
-        if num_prompt + num_new > limit:
-            raise RecipeError(
-                f"A prompt of {num_prompt} tokens and {num_new} new ones exceed the {limit} tokens of the model in"
-                f" {renderer.source}.",
-                hint="Lower sampling.max_new_tokens, shorten the prompts, or raise engine.max_model_len.",
-            )
+        check_length(num_prompt, num_new, renderer, engine.model_config.max_model_len)
 
     def _loaded(self) -> tuple[Any, Renderer]:
         if self._engine is None or self._renderer is None:
@@ -338,23 +330,18 @@ def _parameters(request: Request, index: int) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_new_tokens,
         stop=list(sampling.stop) or None,
-        seed=row_seed(request.seed, index) >> 1,  # torch's generators take 63 bits
+        seed=seed_of(request, index),
         logprobs=0 if sampling.logprobs else None,
         detokenize=bool(sampling.stop),
     )
 
 
 def _completion(request: Request, index: int, output: Any, renderer: Renderer) -> Completion:
-    ids = tuple(output.token_ids)
-    text = renderer.decode(ids)
-    finish: Literal["stop", "length", "stop_string"] = "length" if output.finish_reason == "length" else "stop"
-    if isinstance(output.stop_reason, str):
-        finish = "stop_string"
-        text = text[: min(text.find(stop) for stop in request.sampling.stop if stop in text)]
     logps = None
     if request.sampling.logprobs:
-        logps = tuple(row[token].logprob for row, token in zip(output.logprobs, ids, strict=True))
-    return Completion(request=request.key, index=index, token_ids=ids, text=text, finish_reason=finish, logps=logps)
+        logps = [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]
+    cut_off = output.finish_reason == "length"
+    return finished(request, index, output.token_ids, renderer, cut_off=cut_off, stop=output.stop_reason, logps=logps)
 
 
 def _repack_tied_head(worker: Any) -> None:
