@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm_runs import RENDERER, TINY, VLLM, HuggingFace, Stale, ask, correct, make_pool, perturbed, rows_of
+from vllm_runs import RENDERER, TINY, VLLM, HuggingFace, Stale, ask, correct, make_pool, perturbed, rows_of, serving
 
 from reasonrun.errors import EnvironmentProblem, RecipeError, RunFailed
 from reasonrun.metrics import bootstrap_interval
@@ -189,3 +189,27 @@ def test_a_run_with_adapters_served_beside_the_base(tmp_path: Path) -> None:
         [sys.executable, "-m", "reasonrun.cli.main", "status", str(tmp_path / "run")], capture_output=True, text=True
     )
     assert "switches" in status.stdout and "engine off by" in status.stdout
+
+
+def test_a_served_model_answers_like_the_engine(pools: tuple[GenerationPool, GenerationPool], tmp_path: Path) -> None:
+    """A real ``vllm serve``: ids in and out, scores, and weights that it is told to read."""
+    from reasonrun.engines.openai import Served
+
+    hf, _ = pools
+    other = perturbed(tmp_path / "other", 0.05, tied=False)
+    start = perturbed(tmp_path / "start", 0.0, tied=False)
+    with serving(start, tmp_path) as url:
+        engine = Served(Served.Settings(url=url, reload=True))
+        engine.load(start)
+        requests = ask(40, temperature=0.0, logprobs=True)
+        served = {(row.request, row.index): row for row in engine.generate(requests)}
+        hf.load(start)
+        ours = rows_of(hf, requests)
+        assert [row.token_ids for row in ours.values()] == [served[key].token_ids for key in ours]
+        assert all(
+            abs(a - b) < 1e-3 for k, row in ours.items() for a, b in zip(row.logps, served[k].logps, strict=True)
+        )
+        assert mean_difference(engine.logprobs([probe_pair(PROBE)])[0], read_probe(Path(start.path)) or ()) < 1e-4
+        engine.load(other)
+        assert mean_difference(engine.logprobs([probe_pair(PROBE)])[0], read_probe(Path(other.path)) or ()) < 1e-4
+        assert len({row.token_ids for row in engine.generate(ask(5, n=4, temperature=1.0))}) > 8

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +82,11 @@ def correct(rows: Rows) -> list[bool]:
     return [grader.grade(p, row.text, truncated=row.finish_reason == "length").value == 1.0 for p, row in found]
 
 
-def perturbed(folder: Path, scale: float) -> Checkpoint:
-    """``tiny`` with other weights, and beside them what transformers computes from those."""
+def perturbed(folder: Path, scale: float, *, tied: bool = True) -> Checkpoint:
+    """``tiny`` with other weights, and beside them what transformers computes from those.
+
+    Not ``tied``: the output layer has weights of its own, which a server on the CPU can reload.
+    """
     import shutil
 
     import torch
@@ -86,13 +96,53 @@ def perturbed(folder: Path, scale: float) -> Checkpoint:
     from reasonrun.trainers.folders import write_model
 
     model = AutoModelForCausalLM.from_pretrained(TINY.path, dtype="auto")
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + scale * torch.randn_like(parameter))
     shutil.rmtree(folder, ignore_errors=True)
     write_model(model, Path(TINY.path), folder, _probe_logps(model))
+    (folder / "config.json").write_text(model.config.to_json_string())
     return TINY.model_copy(update={"path": str(folder), "weights": weights_digest(folder), "step": folder.name})
+
+
+@contextmanager
+def serving(model: Checkpoint, folder: Path) -> Iterator[str]:
+    """A vLLM server with this model; its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(str(VLLM.Settings().interpreter), "-m", "vllm.entrypoints.openai.api_server", "--model", model.path),
+        *("--port", str(port), "--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32"),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"),
+    ]
+    env = {
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[
+                    -3000:
+                ]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 __all__ = [
@@ -107,4 +157,5 @@ __all__ = [
     "make_pool",
     "perturbed",
     "rows_of",
+    "serving",
 ]

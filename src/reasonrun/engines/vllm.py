@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, field_validator
 
 from reasonrun.engines._answers import check_length, finished, seed_of
 from reasonrun.errors import EnvironmentProblem, RecipeError, RunFailed
@@ -91,6 +91,13 @@ class VLLM:
         )
         unit_rows: int = setting(1024, Effect.OPERATIONAL, "Completions per unit of work, which a kill can cost.", ge=1)
 
+        @field_validator("arguments")
+        @classmethod
+        def _not_our_own(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+            if clash := sorted(_OWN_ARGUMENTS & arguments.keys()):
+                raise ValueError(f"{', '.join(clash)} cannot be set here: the engine does, by fields of its own")
+            return arguments
+
         @property
         def interpreter(self) -> str | None:
             """The Python executable of the workers; None leaves it to the launcher."""
@@ -98,12 +105,6 @@ class VLLM:
             return self.python or (built if os.path.exists(built) else None)
 
     def __init__(self, settings: Settings) -> None:
-        clash = sorted(_OWN_ARGUMENTS & settings.arguments.keys())
-        if clash:
-            raise RecipeError(
-                f"engine.arguments sets {', '.join(clash)}, which this engine sets itself",
-                hint="use the engine's own fields: " + ", ".join(sorted(type(settings).model_fields)),
-            )
         self.settings = settings
         self.num_tokens_made = 0
         self._engine: Any = None
@@ -186,9 +187,9 @@ class VLLM:
             ValueError: an empty prompt.
             RecipeError: a prompt and ``max_new_tokens`` are longer than the context.
         """
+        engine, renderer = self._loaded()
         from vllm.inputs import TokensPrompt
 
-        engine, renderer = self._loaded()
         waiting: dict[str, tuple[Request, int]] = {}
         for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
             self._check_length(len(request.prompt_ids), request.sampling.max_new_tokens)
@@ -212,10 +213,10 @@ class VLLM:
             ValueError: an empty prompt, after which nothing has a probability.
             RecipeError: a sequence is longer than the context.
         """
+        engine, _ = self._loaded()
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        engine, _ = self._loaded()
         scored: list[list[float]] = [[] for _ in sequences]
         for number, (prompt_ids, completion_ids) in enumerate(sequences):
             self._check_length(len(prompt_ids), len(completion_ids))
