@@ -204,7 +204,8 @@ class Task(ABC):
 class Engine(Protocol):
     """Generates completions. Sample ``index`` of a request depends on the request alone, never on the batch.
 
-    Settings with an ``interpreter`` (a Python executable, or None) name the environment of its workers.
+    Settings with an ``interpreter`` (a Python executable, or None) name the environment of its workers. A class with
+    ``needs_own_process`` set is never loaded into a trainer's process.
     """
 
     def load(self, checkpoint: Checkpoint) -> None:

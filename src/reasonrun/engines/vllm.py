@@ -51,6 +51,7 @@ class VLLM:
     """Generates and scores with vLLM. See the module docstring."""
 
     in_process: ClassVar[bool] = False
+    needs_own_process: ClassVar[bool] = True  # apart from a trainer, whose libraries it does not share
 
     class Settings(SettingsBase):
         """Recipe fields of ``engine: vllm``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reasonrun.errors import RecipeError
 from reasonrun.trainers.worker_trainer import WorkerTrainer
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 class PolicyGradient(WorkerTrainer):
     """The trainer of kind ``policy_gradient``. Its rows come from the job's own ``rollout`` and ``rewards`` functions; the
-    engine lives in the same process and gets the weights before every sampling."""
+    engine lives in the same process, or in a child if it needs another interpreter, and gets the weights before every
+    sampling."""
 
     Settings = PolicyGradientSettings
 
@@ -48,7 +49,16 @@ class PolicyGradient(WorkerTrainer):
             )
         settings = PolicyGradientSettings.model_validate(job.settings)
         engine_class, engine_settings = load_part(job.on_policy.engine)
-        engine = self._engine = engine_class(engine_settings)
+        engine = self._engine = _engine(engine_class, engine_settings, Path(job.out_dir))
         engine.load(job.start)
         collector = Collector(job, job.on_policy, engine, settings)
         return settings, PolicyGradientObjective(collector, engine, settings, Path(job.out_dir)), {}
+
+
+def _engine(engine_class: type[Engine], settings: Any, out_dir: Path) -> Engine:
+    if not getattr(engine_class, "needs_own_process", False):
+        engine: Engine = engine_class(settings)  # type: ignore[call-arg]
+        return engine
+    from reasonrun.workers.child_engine import ChildEngine
+
+    return ChildEngine(f"{engine_class.__module__}.{engine_class.__qualname__}", settings, out_dir)

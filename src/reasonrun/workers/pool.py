@@ -118,6 +118,11 @@ class GenerationPool(CrewOwner):
         self._proof = proof
         return max((self._check_probe(slot) for slot in self._probed), default=0.0)
 
+    @property
+    def num_done(self) -> int:
+        """Tokens that the running workers have shown to have made."""
+        return sum(worker.num_done for worker in self._crew.workers.values())
+
     def sleep(self) -> None:
         """Have every worker give its device's memory back and wait; ``load`` wakes them."""
         self._refuse_while_dispatching()

@@ -38,7 +38,7 @@ class WorkerProcess:
         self.exit_code: int | None = None  # 128 + n after signal n; known once ``crash`` was asked
         self.waited_seconds = 0.0
         self._looked = time.monotonic()
-        self._num_done = 0
+        self.num_done = 0
         self._received = bytearray()
         self._unsent = bytearray()
         self._process, self._log_start = spawn(spec)
@@ -113,8 +113,8 @@ class WorkerProcess:
 
     def _note(self, message: protocol.FromWorker) -> None:
         if isinstance(message, protocol.Heartbeat):
-            if message.num_done != self._num_done:
-                self._num_done, self.waited_seconds = message.num_done, 0.0
+            if message.num_done != self.num_done:
+                self.num_done, self.waited_seconds = message.num_done, 0.0
             return
         self.waited_seconds = 0.0
         match message:
