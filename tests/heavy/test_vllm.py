@@ -213,3 +213,31 @@ def test_a_served_model_answers_like_the_engine(pools: tuple[GenerationPool, Gen
         engine.load(other)
         assert mean_difference(engine.logprobs([probe_pair(PROBE)])[0], read_probe(Path(other.path)) or ()) < 1e-4
         assert len({row.token_ids for row in engine.generate(ask(5, n=4, temperature=1.0))}) > 8
+
+
+def test_an_on_policy_run_samples_with_vllm_in_a_child_of_the_trainer(tmp_path: Path) -> None:
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "reasonrun.cli.main",
+            "train",
+            "score_arith",
+            "engine=vllm",
+            "engine.enforce_eager=true",
+        ),
+        *("engine.cpu_cache_gib=1", "method.stage1.steps=2", "method.stage1.rounds=1", "method.stage2.steps=2"),
+        *(
+            "method.stage2.rounds=1",
+            "method.rl.batch_size=32",
+            "task.num_train=60",
+            "task.num_dev=20",
+            "task.num_test=20",
+        ),
+        *("preflight=off", "--run", str(tmp_path / "run")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode in (0, 5), done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["verb"] == "train"]
+    assert len(trained) == 2 and all(row["mismatch"] < 1e-4 for row in trained)
