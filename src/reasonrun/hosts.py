@@ -38,6 +38,7 @@ class InProcessHost:
         self._trainer = ScriptedTrainer(engine)
         self.unit_rows = engine.settings.unit_rows
         self.num_starts = 0
+        self.num_workers = 1
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         self._engine.load(checkpoint)
@@ -68,6 +69,11 @@ class WorkerHost:
         self._loaded = ""
         self.unit_rows = int(recipe.engine.unit_rows)
         self._launcher = recipe.classes["launcher"](recipe.launcher)
+
+    @property
+    def num_workers(self) -> int:
+        """Generation workers that share the units; 1 before there are any."""
+        return 1 if self._generation is None else self._generation.num_workers
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         yield from self._generating(checkpoint).generate(units)
@@ -124,6 +130,10 @@ class EndpointHost:
     def __init__(self, local: Host, engines: Mapping[tuple[str, str], EndpointEngine]) -> None:
         self._local, self._engines = local, engines
         self.unit_rows = local.unit_rows
+
+    @property
+    def num_workers(self) -> int:
+        return self._local.num_workers
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         if checkpoint.remote:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
+from reasonrun.launchers._devices import check_devices
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
 
@@ -87,12 +88,14 @@ class Local:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._has_checked = False
 
     def generation(self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int]) -> GenerationPool:
-        """The pool for the recipe's engine; no process is started yet."""
+        """The pool for the recipe's engine; no process is started yet. Raises EnvironmentProblem as ``check_devices`` does."""
         from reasonrun.workers.pool import GenerationPool
 
         placement = self.placement()
+        self._check_devices()
         return GenerationPool(
             _dotted_path(recipe.classes["engine"]),
             recipe.engine.model_dump_json(),
@@ -113,10 +116,11 @@ class Local:
         run_dir: RunPlace,
         interrupted: Callable[[], int],
     ) -> TrainingWorker:
-        """The worker for one trainer; no process is started yet."""
+        """The worker for one trainer; no process is started yet. Raises EnvironmentProblem as ``check_devices`` does."""
         from reasonrun.workers.pool import TrainingWorker
 
         placement = self.placement()
+        self._check_devices()
         return TrainingWorker(
             trainer_class_path,
             num_processes=placement.num_processes,
@@ -136,7 +140,7 @@ class Local:
             EnvironmentProblem: the devices cannot be listed.
         """
         settings = self.settings
-        devices = find_devices() if settings.devices == "auto" else _named_devices(settings.devices)
+        devices = self._devices()
         num_processes = settings.num_processes or max(1, len(devices))
         if devices and num_processes > len(devices):
             raise RecipeError(
@@ -150,6 +154,17 @@ class Local:
             device_env=tuple({**_visible(part), **_threads(num_workers)} for part in _divide(devices, num_workers)),
             training_env={**_visible(devices[:num_processes]), **_threads(num_processes)},
         )
+
+    def _devices(self) -> list[str]:
+        return find_devices() if self.settings.devices == "auto" else _named_devices(self.settings.devices)
+
+    def _check_devices(self) -> None:
+        """Once, before the first worker: afterwards it is our own workers that hold the devices."""
+        if self._has_checked:
+            return
+        by_variable = self.settings.devices == "auto" and "CUDA_VISIBLE_DEVICES" in os.environ
+        check_devices(self._devices(), "CUDA_VISIBLE_DEVICES" if by_variable else "launcher.devices")
+        self._has_checked = True
 
     def _limits(self, stall_seconds: float) -> Limits:
         from reasonrun.workers.pool import Limits
