@@ -18,7 +18,8 @@ from reasonrun.workers.units import NUM_EXCUSED, Unit, UnitQueue
 
 __all__ = ["GenerationPool", "Limits", "TrainingWorker"]
 
-_NUM_IDLE_CRASHES = 3  # a worker that ends this often while it starts or loads does not do so by chance
+# A worker that ends this often while it starts or loads does not do so by chance: while no worker answers, and at all.
+_NUM_FUTILE_CRASHES, _NUM_IDLE_CRASHES = 3, 8
 _LOGPROBS_UNIT = 64  # sequences
 
 
@@ -74,8 +75,10 @@ class GenerationPool(CrewOwner):
         self._checkpoint: Checkpoint | None = None
         self._num_calls = 0
         self._dispatching = False
-        self._num_idle_crashes: Counter[tuple[int, bool]] = Counter()
-        self._num_crashes: Counter[int] = Counter()  # by slot
+        # By slot: crashes in units; its own ones while idle since its last load; and, from outside or not, since any answer.
+        self._num_crashes: Counter[int] = Counter()
+        self._num_idle_crashes: Counter[int] = Counter()
+        self._num_futile_crashes: Counter[tuple[int, bool]] = Counter()
         self.num_loads = 0
         self.load_seconds = 0.0
 
@@ -151,6 +154,7 @@ class GenerationPool(CrewOwner):
                         self._num_crashes[slot] += 1
                         queue.lose(slot, item)
                     else:
+                        self._num_futile_crashes.clear()
                         answers.append((queue.finish(slot), item))
                 # Free workers get their next unit before the caller stores these.
                 self._assign(queue)
@@ -188,15 +192,18 @@ class GenerationPool(CrewOwner):
     def _note_idle(self, slot: int, item: protocol.FromWorker | protocol.WorkerCrash) -> None:
         if not isinstance(item, protocol.WorkerCrash):
             return
-        self._num_idle_crashes[slot, item.from_outside] += 1
-        if self._num_idle_crashes[slot, item.from_outside] >= (NUM_EXCUSED if item.from_outside else _NUM_IDLE_CRASHES):
+        self._num_idle_crashes[slot] += not item.from_outside
+        self._num_futile_crashes[slot, item.from_outside] += 1
+        limit = NUM_EXCUSED if item.from_outside else _NUM_FUTILE_CRASHES
+        is_final = self._num_futile_crashes[slot, item.from_outside] >= limit
+        if is_final or self._num_idle_crashes[slot] >= _NUM_IDLE_CRASHES:
             self._forget_idle_crashes(slot)
             self._crew.end_all()
             raise item
 
     def _forget_idle_crashes(self, slot: int) -> None:
-        for from_outside in (False, True):
-            self._num_idle_crashes[slot, from_outside] = 0
+        self._num_idle_crashes[slot] = 0
+        self._num_futile_crashes[slot, False] = self._num_futile_crashes[slot, True] = 0
 
     def _load_missing(self) -> None:
         for worker in self._crew.workers.values():
