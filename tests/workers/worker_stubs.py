@@ -149,6 +149,21 @@ def hang_with_the_lock() -> None:
     ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock, so that no other thread of the worker runs
 
 
+class StubRanks:
+    """Trains for ever in the processes that the job asks for; each appends its pid to the job's ``pids_path``."""
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        from reasonrun.trainers import launch
+
+        if not launch.is_rank():
+            return launch.train_in_processes("worker_stubs:StubRanks", job, events)
+        with open(str(job.settings["pids_path"]), "a") as file:
+            file.write(f"{os.getpid()}\n")
+        events({"event": "log", "step": 1})
+        while True:
+            sum(range(1000))
+
+
 class StubTrainer:
     """The job's settings say what to do: crash_at, crash_on_resume, trouble, checkpoint_every, seconds."""
 
