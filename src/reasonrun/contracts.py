@@ -221,7 +221,10 @@ class Engine(Protocol):
         ...
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """Log-probabilities at temperature 1 of each (prompt ids, completion ids), one list per pair."""
+        """Log-probabilities at temperature 1 of each (prompt ids, completion ids), one list per pair.
+
+        An engine that raises NotImplementedError here cannot prove that it has the weights it was given; the run notes it.
+        """
         ...
 
     def sleep(self) -> None:

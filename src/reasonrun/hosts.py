@@ -27,6 +27,7 @@ class InProcessHost:
         self._trainer = ScriptedTrainer(engine)
         self.unit_rows = engine.settings.unit_rows
         self.num_starts = 0
+        self.num_workers = 1
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         self._engine.load(checkpoint)
@@ -56,6 +57,10 @@ class EndpointHost:
     def __init__(self, local: Host, engines: Mapping[tuple[str, str], EndpointEngine]) -> None:
         self._local, self._engines = local, engines
         self.unit_rows = local.unit_rows
+
+    @property
+    def num_workers(self) -> int:
+        return self._local.num_workers
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         if checkpoint.remote:

@@ -80,7 +80,7 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
         for orphan in run_dir.ended_orphans:
-            progress.say(f"ended process {orphan}, which an earlier attempt had left behind")
+            progress.say(f"ended what an earlier attempt had left behind: {orphan}")
         context = make_context(recipe, run_dir, progress, options)
         context.recipe_changes = _changes(run_dir, recipe, options, progress)
         with closing(context.host), _tracking(context, recipe):

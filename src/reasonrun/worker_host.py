@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,11 @@ class WorkerHost:
         """Worker processes started so far."""
         return self._num_ended_starts + sum(pool.num_starts for pool in self._pools())
 
+    @property
+    def num_workers(self) -> int:
+        """Generation workers that share the units; 1 before there are any."""
+        return 1 if self._generation is None else self._generation.num_workers
+
     def close(self) -> None:
         for pool in self._pools():
             pool.close()
@@ -110,7 +116,9 @@ class WorkerHost:
             expected = own_probe or self._expected(checkpoint, probe)
             pool.load(checkpoint, probe)
             if expected is not None:
-                self._observed["probe_difference"] = pool.prove(self._proof(checkpoint, expected))
+                difference = pool.prove(self._proof(checkpoint, expected))
+                # Null is no proof: the engine cannot score.
+                self._observed["probe_difference"] = None if math.isnan(difference) else difference
         self._loaded = checkpoint.weights
         return pool
 

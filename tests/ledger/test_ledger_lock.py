@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,13 @@ import psutil
 import pytest
 
 from reasonrun.errors import RunConflict
-from reasonrun.ledger.attempts import WORKERS_NAME
+from reasonrun.ledger.attempts import ATTEMPT_NAME, WORKERS_NAME
 from reasonrun.ledger.faults import Faults
 from reasonrun.ledger.files import Files, encode_json
 from reasonrun.ledger.lock import LOCK_NAME, RunLock, read_owner
-from reasonrun.ledger.processes import WorkerProcess, end_processes, is_alive, start_time
+from reasonrun.ledger.processes import WorkerProcess, end_processes
 from reasonrun.ledger.run_dir import RunDir
+from reasonrun.process_facts import is_alive, start_time
 
 RACER = """
 import sys, time
@@ -171,7 +173,14 @@ def test_an_orphan_group_is_ended_before_the_next_attempt_writes(
         run.record_worker(stubborn.pid, stubborn.pid)
     assert len(group(stubborn.pid)) == 2
     with open_run(tmp_path / "run") as run:
-        assert len(run.ended_orphans) == 2 and stubborn.pid in run.ended_orphans
+        assert len(run.ended_orphans) == 2
+        found = next(orphan for orphan in run.ended_orphans if orphan.pid == stubborn.pid)
+        assert 0 <= found.age_seconds < 60
+        assert "python" in found.command
+        assert str(found).startswith(f"process {stubborn.pid}, running for {int(found.age_seconds)} s: ")
+        assert run.attempt is not None
+        record = json.loads((run.attempt.path / ATTEMPT_NAME).read_text())
+        assert [orphan["pid"] for orphan in record["ended_orphans"]] == [o.pid for o in run.ended_orphans]
         assert group(stubborn.pid) == []
     with open_run(tmp_path / "run") as run:
         assert run.ended_orphans == []
@@ -183,7 +192,7 @@ def test_members_are_ended_when_their_leader_is_dead(tmp_path: Path, stubborn: s
     stubborn.wait()
     left = group(stubborn.pid)
     assert len(left) == 1
-    assert end_processes([worker], grace_seconds=0.1) == left
+    assert [orphan.pid for orphan in end_processes([worker], grace_seconds=0.1)] == left
     assert group(stubborn.pid) == []
 
 

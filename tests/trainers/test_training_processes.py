@@ -101,6 +101,22 @@ def test_events_of_the_first_process_and_its_result_are_relayed(
     assert result.metrics == {"rank": 0.0}
 
 
+def test_tokens_of_a_long_sampling_are_told_before_any_event(
+    make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    body = (
+        "        for self.num_tokens_made in (10, 25):\n"
+        "            time.sleep(1.3)\n"
+        "        events({'event': 'log', 'step': 1})\n"
+        "        return TrainResult(num_steps=1, num_tokens=2, num_padded_tokens=3, metrics={})\n"
+    )
+    told: list[int] = []
+    job = make_job(random_examples(1), job={"num_processes": 2})
+    launch.train_in_processes(rank_program(monkeypatch, tmp_path, body), job, events, told.append)
+    assert told == [10, 25]
+    assert [event["event"] for event in events] == ["log"]
+
+
 def test_an_error_keeps_its_class_although_another_process_fails_first(
     make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

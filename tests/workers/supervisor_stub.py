@@ -1,16 +1,42 @@
-"""A supervisor to be killed: ``supervisor_stub.py POLLS GROUPS_PATH ENGINE_SETTINGS``; prints a line when busy."""
+"""A supervisor to be killed: ``supervisor_stub.py POLLS GROUPS_PATH ENGINE_SETTINGS [NUM_RANKS]``; prints a line when busy.
+
+With a number of ranks, a training worker with so many processes is at work beside the two generation workers.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import worker_stubs
 
 from reasonrun.errors import ReasonrunError
-from reasonrun.workers.pool import GenerationPool
+from reasonrun.training import TrainJob
+from reasonrun.workers.pool import GenerationPool, TrainingWorker
 from reasonrun.workers.signals import StopFlag, StopNow
+
+
+def train_beside(num_ranks: int, folder: Path, record_worker: Callable[[int, int], None]) -> None:
+    """Start training in a thread, and return when all its processes have begun."""
+    pids_path = folder / "ranks"
+    worker = TrainingWorker(
+        "worker_stubs.StubRanks", num_processes=num_ranks, attempt_dir=folder, record_worker=record_worker
+    )
+    job = TrainJob(
+        kind="sft",
+        rows=(),
+        start=worker_stubs.make_checkpoint(),
+        settings={"pids_path": str(pids_path)},
+        num_steps=1,
+        seed=0,
+        out_dir=str(folder / "out"),
+    )
+    threading.Thread(target=worker.train, args=(job, lambda event: None), daemon=True).start()
+    while not pids_path.exists() or pids_path.read_text().count("\n") < num_ranks:
+        time.sleep(0.02)
 
 
 def main() -> int:
@@ -20,6 +46,8 @@ def main() -> int:
         with groups_path.open("a") as file:
             file.write(f"{pgid}\n")
 
+    if len(sys.argv) > 4:
+        train_beside(int(sys.argv[4]), groups_path.parent, record_worker)
     try:
         with StopFlag("reasonrun train stub.yaml") as flag:
             pool = GenerationPool(

@@ -16,7 +16,7 @@ from process_checks import group_runs
 from worker_stubs import expected_completions, make_checkpoint, make_request
 
 from reasonrun.errors import Finding, RecipeError, RunFailed, Stopped
-from reasonrun.generation import Request
+from reasonrun.generation import Completion, Request
 from reasonrun.probing import Proof
 from reasonrun.workers import process, protocol
 from reasonrun.workers.pool import GenerationPool, Limits
@@ -158,20 +158,39 @@ def test_time_in_which_the_supervisor_did_not_look_is_not_held_against_a_worker(
     ("trouble", "status", "tail"),
     [("exit", "ended with status 9", "last words of the engine"), ("exception", "status 70", "the stub is broken")],
 )
-def test_unit_that_ends_its_worker_twice_is_named(
+def test_request_that_ends_its_workers_is_named_after_everything_else_is_answered(
     make_pool: MakePool, tmp_path: Path, trouble: str, status: str, tail: str
 ) -> None:
     log_path = tmp_path / "calls"
-    pool = make_pool(trouble=trouble, trouble_keys=("request-11",), log_path=str(log_path))
+    pool = make_pool(num_workers=2, trouble=trouble, trouble_keys=("request-11",), log_path=str(log_path))
     pool.load(make_checkpoint())
+    answered: list[Completion] = []
     with pytest.raises(RunFailed) as caught:
-        list(pool.generate(make_units(3)))
-    for part in ["request-10, request-11", status, tail, "generation-0.log"]:
+        for _, completions in pool.generate(make_units(5)):
+            answered += completions
+    for part in ["request-11 of problem problem-11 (of unit 1; ended 4 workers)", status, tail, "generation-"]:
         assert part in str(caught.value)
-    assert "request-20" not in str(caught.value)
-    assert [line.split()[1] for line in log_path.read_text().splitlines()].count("request-10") == 2
-    units = [(2, [make_request(20)])]
-    assert collect(pool.generate(units)) == expect(units)  # the pool works on
+    assert "request-10 of" not in str(caught.value)
+    requests = [request for _, requests in make_units(5) for request in requests if request.key != "request-11"]
+    assert sorted(answered, key=_place) == sorted(expected_completions(requests), key=_place)
+    calls = [line.split()[1] for line in log_path.read_text().splitlines()]
+    assert calls.count("request-10") == 2 + 1  # with the bad one twice, then alone
+    assert calls.count("request-11") == 2
+    assert calls.count("request-20") == 1
+    assert collect(pool.generate(make_units(1))) == expect(make_units(1))  # the pool works on
+
+
+def _place(completion: Completion) -> tuple[str, int]:
+    return completion.request, completion.index
+
+
+def test_engine_that_never_answers_is_given_up_soon(make_pool: MakePool, tmp_path: Path) -> None:
+    keys = tuple(request.key for _, requests in make_units(20) for request in requests)
+    pool = make_pool(trouble="exit", trouble_keys=keys)
+    pool.load(make_checkpoint())
+    with pytest.raises(RunFailed, match=r"ended 6 times without answering[\s\S]*last words of the engine"):
+        list(pool.generate(make_units(20)))
+    assert pool.num_starts == 6
 
 
 def test_sigkill_is_explained(make_pool: MakePool) -> None:

@@ -18,11 +18,12 @@ from process_checks import group_runs, runs
 class Scene:
     """A running supervisor with two busy workers, each with a child of its own."""
 
-    def __init__(self, folder: Path, *, polls: bool, **options: object) -> None:
+    def __init__(self, folder: Path, *, polls: bool, num_ranks: int = 0, **options: object) -> None:
         self._children_path, groups_path = folder / "children", folder / "groups"
         settings = worker_stubs.Stub.Settings(seconds=0.05, child_pid_path=str(self._children_path), **options)
         stub_path = Path(worker_stubs.__file__).parent / "supervisor_stub.py"
         command = [sys.executable, stub_path, "polls" if polls else "sleeps", groups_path, settings.model_dump_json()]
+        command += [str(num_ranks)] if num_ranks else []
         source_dir = Path(sys.modules["reasonrun"].__file__ or "").parent.parent
         self.process = subprocess.Popen(
             command,
@@ -36,7 +37,11 @@ class Scene:
         assert self.process.stdout.readline() == "busy\n"
         self.groups = [int(line) for line in groups_path.read_text().split()]
         self.children = [int(line) for line in self._children_path.read_text().split()]
-        assert len(self.groups) == len(self.children) == 2
+        assert len(self.children) == 2
+        if num_ranks:
+            self.children += [int(line) for line in (folder / "ranks").read_text().split()]
+        assert len(self.groups) == 2 + bool(num_ranks)
+        assert len(self.children) == 2 + num_ranks
         assert all(group_runs(pgid) for pgid in self.groups)
         assert all(runs(pid) for pid in self.children)
 
@@ -72,6 +77,12 @@ def make_scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
 @pytest.mark.parametrize("trouble", ["hang", "hang with the lock"])
 def test_killed_supervisor_takes_everything_along(make_scene: Callable[..., Scene], trouble: str) -> None:
     scene = make_scene(polls=True, trouble=trouble, trouble_keys=("request-2",))
+    os.kill(scene.process.pid, signal.SIGKILL)
+    assert scene.wait_until_gone() < 5
+
+
+def test_killed_supervisor_takes_a_training_worker_with_its_ranks_along(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(polls=True, num_ranks=2)
     os.kill(scene.process.pid, signal.SIGKILL)
     assert scene.wait_until_gone() < 5
 

@@ -15,6 +15,8 @@ from reasonrun import errors
 from reasonrun.contracts import TrainEvents
 from reasonrun.generation import Completion, Request
 from reasonrun.records import Checkpoint, Sampling
+from reasonrun.rendering import Renderer
+from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
 from reasonrun.training import TrainJob, TrainResult
 
@@ -151,6 +153,53 @@ def hang_in_python() -> None:
 
 def hang_with_the_lock() -> None:
     ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock, so that no other thread of the worker runs
+
+
+class Answers42:
+    """A real engine in all but the model: the same answer to every prompt. Dies of one problem unless it was healed."""
+
+    class Settings(SettingsBase):
+        name: str = "worker_stubs.Answers42"
+        unit_rows: int = 8
+        log_path: str = setting("", Effect.OPERATIONAL, "Gets the keys of every call, a line each.")
+        poison_path: str = setting("", Effect.OPERATIONAL, "Where it exists, prompts with this text end the worker.")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.renderer = Renderer.load(checkpoint.path)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        with open(self.settings.log_path, "a") as log:
+            log.write(" ".join(request.key for request in requests) + "\n")
+        poison_path = Path(self.settings.poison_path)
+        for request in requests:
+            if poison_path.exists() and poison_path.read_text() in self.renderer.decode(request.prompt_ids):
+                make_trouble("exit")
+            for index in range(request.n):
+                ids = self.renderer.encode("42")
+                yield Completion(request=request.key, index=index, token_ids=ids, text="42", finish_reason="length")
+
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class StubRanks:
+    """Trains for ever in the processes that the job asks for; each appends its pid to the job's ``pids_path``."""
+
+    def train(self, job: TrainJob, events: TrainEvents) -> TrainResult:
+        from reasonrun.trainers import launch
+
+        if not launch.is_rank():
+            return launch.train_in_processes("worker_stubs:StubRanks", job, events)
+        with open(str(job.settings["pids_path"]), "a") as file:
+            file.write(f"{os.getpid()}\n")
+        events({"event": "log", "step": 1})
+        while True:
+            sum(range(1000))
 
 
 class StubTrainer:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,8 @@ import typer
 
 from reasonrun import __version__
 from reasonrun.cli.main import print_json
+from reasonrun.errors import EnvironmentProblem
+from reasonrun.launchers._devices import Device, query_devices
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "vllm", "wandb", "ray", "datasets", "math-verify")
 EXTRAS = {"wandb": "reasonrun[wandb]", "datasets": "reasonrun[hub]"}
@@ -61,14 +62,14 @@ def _version(package: str) -> str:
         return f"not installed (pip install '{extra}')" if extra else "not installed"
 
 
-def _gpus() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    found = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    return "; ".join(found.stdout.strip().splitlines()) if found.returncode == 0 else ""
+def _gpus() -> dict[str, str] | str:
+    try:
+        devices = query_devices()
+    except EnvironmentProblem as problem:
+        return problem.message
+    return {device.index: _described(device) for device in devices or ()}
+
+
+def _described(device: Device) -> str:
+    holders = [str(holder) for holder in device.holders]
+    return "; ".join([f"{device}{' (held)' if device.is_held else ''}", *holders])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
+from reasonrun.launchers._devices import check_devices
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
 
@@ -92,6 +93,7 @@ class Local:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._has_checked = False
 
     @property
     def residency(self) -> Literal["exit", "sleep", "resident"]:
@@ -104,10 +106,14 @@ class Local:
     def generation(
         self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], name: str = "generation"
     ) -> GenerationPool:
-        """The pool for the recipe's engine, whose workers are called ``name``; no process is started yet."""
+        """The pool for the recipe's engine, whose workers are called ``name``; no process is started yet.
+
+        Raises EnvironmentProblem as ``check_devices`` does.
+        """
         from reasonrun.workers.pool import GenerationPool
 
         placement = self.placement()
+        self._check_devices()
         return GenerationPool(
             _dotted_path(recipe.classes["engine"]),
             recipe.engine.model_dump_json(),
@@ -129,10 +135,11 @@ class Local:
         run_dir: RunPlace,
         interrupted: Callable[[], int],
     ) -> TrainingWorker:
-        """The worker for one trainer; no process is started yet."""
+        """The worker for one trainer; no process is started yet. Raises EnvironmentProblem as ``check_devices`` does."""
         from reasonrun.workers.pool import TrainingWorker
 
         placement = self.placement()
+        self._check_devices()
         return TrainingWorker(
             trainer_class_path,
             num_processes=placement.num_processes,
@@ -169,6 +176,14 @@ class Local:
 
     def _devices(self) -> list[str]:
         return find_devices() if self.settings.devices == "auto" else _named_devices(self.settings.devices)
+
+    def _check_devices(self) -> None:
+        """Once, before the first worker: afterwards it is our own workers that hold the devices."""
+        if self._has_checked:
+            return
+        by_variable = self.settings.devices == "auto" and "CUDA_VISIBLE_DEVICES" in os.environ
+        check_devices(self._devices(), "CUDA_VISIBLE_DEVICES" if by_variable else "launcher.devices")
+        self._has_checked = True
 
     def _limits(self, stall_seconds: float) -> Limits:
         from reasonrun.workers.pool import Limits

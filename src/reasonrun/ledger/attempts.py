@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.ledger.files import AppendFile, Files, decode_json, encode_json
-from reasonrun.ledger.processes import WorkerProcess, end_processes, start_time
+from reasonrun.ledger.processes import WorkerProcess, end_processes
 from reasonrun.ledger.quarantine import next_number
+from reasonrun.process_facts import ProcessFacts, start_time
 
 ATTEMPT_NAME = "attempt.json"
 WORKERS_NAME = "workers.jsonl"
@@ -77,8 +78,8 @@ def attempt_records(run_path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def end_orphans(run_path: Path) -> list[int]:
-    """End what earlier attempts started and left running; see ``end_processes``. Returns the pids that were alive."""
+def end_orphans(run_path: Path) -> list[ProcessFacts]:
+    """End what earlier attempts started and left running; see ``end_processes``. Returns what was alive."""
     return end_processes(worker for folder in _folders(run_path) for worker in _workers(folder / WORKERS_NAME))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reasonrun.errors import EnvironmentProblem, RunConflict
 from reasonrun.ledger.files import Files, decode_json, encode_json
-from reasonrun.ledger.processes import is_alive, start_time
+from reasonrun.process_facts import is_alive, start_time
 
 LOCK_NAME = "lock"
 

@@ -14,26 +14,9 @@ from typing import Any
 import psutil
 
 from reasonrun.errors import RunConflict
-
-START_TOLERANCE_SECONDS = 1.5
-"""Clock corrections shift the start time that the kernel reports; a pid does not come round again in this time."""
+from reasonrun.process_facts import START_TOLERANCE_SECONDS, ProcessFacts, is_alive, start_time
 
 _POLL_SECONDS = 0.05
-
-
-def start_time(pid: int) -> float | None:
-    """Start time of a live process in seconds since the epoch; None when it is gone or a zombie."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
-
-
-def is_alive(pid: int, started: float) -> bool:
-    """Whether the process that had ``pid`` at ``started`` still lives; a later process with its pid does not count."""
-    found = start_time(pid)
-    return found is not None and abs(found - started) <= START_TOLERANCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -61,13 +44,13 @@ class WorkerProcess:
 
 def end_processes(
     workers: Iterable[WorkerProcess], *, grace_seconds: float = 2.0, patience_seconds: float = 10.0
-) -> list[int]:
+) -> list[ProcessFacts]:
     """End process groups that earlier attempts left behind and wait until they are gone.
 
     Groups get SIGTERM, after ``grace_seconds`` SIGKILL. Workers of other hosts and reused pids are left alone.
 
     Returns:
-        The pids that were found alive.
+        What was found alive, by pid.
 
     Raises:
         RunConflict: a process did not go within ``patience_seconds`` after SIGKILL.
@@ -77,17 +60,19 @@ def end_processes(
     found = _living(candidates)
     if not found:
         return []
+    orphans = [facts for pid in sorted(found) if (facts := ProcessFacts.of(pid))]
     _signal(found, signal.SIGTERM)
     left = _wait(lambda: _living(candidates), grace_seconds)
     if left:
         _signal(left, signal.SIGKILL)
         left = _wait(lambda: _living(candidates), patience_seconds)
     if left:
+        lines = "".join(f"\n  {orphan}" for orphan in orphans if orphan.pid in left)
         raise RunConflict(
-            f"Processes {sorted(left)} of an earlier attempt could not be ended and may still write into the run.",
+            f"Processes of an earlier attempt could not be ended and may still write into the run:{lines}",
             hint=f"end them (kill -9 {' '.join(map(str, sorted(left)))}), then run the same command again",
         )
-    return sorted(found)
+    return orphans
 
 
 def _wait(find: Callable[[], set[int]], seconds: float) -> set[int]:

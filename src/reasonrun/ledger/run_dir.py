@@ -36,6 +36,7 @@ from reasonrun.ledger.steps import (
     redo_hint,
     tidy,
 )
+from reasonrun.process_facts import ProcessFacts
 from reasonrun.records import digest
 
 
@@ -48,7 +49,7 @@ class RunDir:
         finished: what ``finish`` was given, when the run is finished and intact, else None.
         attempt: this process's attempt; None for a finished run, which is opened without writing anything.
         earlier_attempts: the ``attempt.json`` of earlier attempts, oldest first.
-        ended_orphans: pids of earlier attempts' processes that had to be ended.
+        ended_orphans: earlier attempts' processes that had to be ended.
         reached: names of the steps asked for in this attempt.
     """
 
@@ -56,7 +57,7 @@ class RunDir:
         self.path, self.files, self.identity, self.finished = path, files, identity, finished
         self.attempt: attempts.Attempt | None = None
         self.earlier_attempts = attempts.attempt_records(path)
-        self.ended_orphans: list[int] = []
+        self.ended_orphans: list[ProcessFacts] = []
         self.reached: set[str] = set()
         self._lock: RunLock | None = None
         self._open_steps: dict[str, OpenStep] = {}
@@ -97,9 +98,14 @@ class RunDir:
             return cls(path, files, run_identity(path), finished["result"])
         check_is_ours(path)
         files.mkdir(path)
-        lock = RunLock.acquire(path / LOCK_NAME, command, files, lambda: attempts.end_orphans(path))
+        ended: list[ProcessFacts] = []
+        lock = RunLock.acquire(path / LOCK_NAME, command, files, lambda: ended.extend(attempts.end_orphans(path)))
         try:
-            return cls._opened(path, files, lock, as_json(identity), {"command": command, **(attempt or {})})
+            ended += attempts.end_orphans(path)
+            description = {"command": command, "ended_orphans": [orphan.to_json() for orphan in ended]}
+            run = cls._opened(path, files, lock, as_json(identity), {**description, **(attempt or {})})
+            run.ended_orphans = ended
+            return run
         except BaseException:
             lock.release()
             raise
@@ -108,14 +114,13 @@ class RunDir:
     def _opened(
         cls, path: Path, files: Files, lock: RunLock, identity: dict[str, Any], description: Mapping[str, Any]
     ) -> RunDir:
-        ended = attempts.end_orphans(path)
         if not (path / RUN_NAME).exists():
             files.mkdir(path / "steps")
             files.point("run.mid_create")
             _write_identity(path, identity, files)
         finished = finished_content(path, files)
         run = cls(path, files, run_identity(path), None if finished is None else finished["result"])
-        run._lock, run.ended_orphans = lock, ended
+        run._lock = lock
         run.attempt = attempts.Attempt.start(path, files, as_json(description))
         return run
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from reasonrun.errors import ReasonrunError, RunFailed
 from reasonrun.training import TrainJob, TrainResult
 
 _POLL_SECONDS = 0.1
+_TELL_SECONDS = 1.0
 # How long the first process may go on after another one failed, so that it can report what it knows.
 _GRACE_SECONDS = 10.0
 _LOG_TAIL_LINES = 12
@@ -54,13 +55,16 @@ def is_rank() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def train_in_processes(trainer: str, job: TrainJob, events: TrainEvents) -> TrainResult:
+def train_in_processes(
+    trainer: str, job: TrainJob, events: TrainEvents, note_tokens: Callable[[int], None] = lambda num_tokens: None
+) -> TrainResult:
     """Run ``job`` in ``job.num_processes`` child processes of our own process group and relay their events.
 
     Args:
         trainer: module and class, such as ``reasonrun.trainers.sft:SFT``.
         job: the job; ``job.json`` and one log per process are written into its ``out_dir``.
         events: receives what the first process emits.
+        note_tokens: called with the tokens that the first process has sampled so far, whenever there are more.
 
     Raises:
         ReasonrunError: what a process raised, with its own class.
@@ -81,6 +85,8 @@ def train_in_processes(trainer: str, job: TrainJob, events: TrainEvents) -> Trai
                     result = TrainResult.model_validate(event["result"])
                 elif event["event"] == "error":
                     raise _rebuild(event)
+                elif event["event"] == "tokens":
+                    note_tokens(event["num_tokens"])
                 else:
                     events(event)
         _wait(processes)
@@ -192,12 +198,17 @@ def main(arguments: list[str] | None = None) -> int:
     job = TrainJob.model_validate_json(options.job.read_text(encoding="utf-8"))
     module, _, name = options.trainer.partition(":")
 
+    lock = threading.Lock()
+
     def emit(event: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
-            os.write(options.events_fd, json.dumps(event).encode() + b"\n")
+            with lock:
+                os.write(options.events_fd, json.dumps(event).encode() + b"\n")
 
     try:
-        result = getattr(importlib.import_module(module), name)().train(job, emit)
+        made = getattr(importlib.import_module(module), name)()
+        threading.Thread(target=_tell_tokens, args=(made, emit), daemon=True).start()
+        result = made.train(job, emit)
     except ReasonrunError as error:
         print(error, file=sys.stderr)
         evidence = getattr(error, "evidence", {})
@@ -206,6 +217,17 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     emit({"event": "result", "result": result.model_dump(mode="json")})
     return 0
+
+
+def _tell_tokens(trainer: Any, emit: TrainEvents) -> None:
+    # The worker that started this process shows the supervisor that it makes progress; long rollouts would look like a hang.
+    told = 0
+    while True:
+        time.sleep(_TELL_SECONDS)
+        num_tokens = int(getattr(trainer, "num_tokens_made", 0))
+        if num_tokens != told:
+            told = num_tokens
+            emit({"event": "tokens", "num_tokens": told})
 
 
 def _end_with_parent() -> None:

@@ -27,8 +27,8 @@ class PolicyGradient(WorkerTrainer):
 
     @property
     def num_tokens_made(self) -> int:
-        """Tokens sampled so far: what shows that the job is alive between two optimizer steps."""
-        return int(getattr(self._engine, "num_tokens_made", 0))
+        """Tokens sampled so far, in this process or in those that it started."""
+        return super().num_tokens_made + int(getattr(self._engine, "num_tokens_made", 0))
 
     def prepare(self, job: TrainJob) -> tuple[OptimizerSettings, Objective, dict[str, int]]:
         """As in WorkerTrainer. Raises RecipeError when the job does not say how rows are made, or names a reference with

@@ -16,11 +16,17 @@ class WorkerTrainer(ABC):
     """Prepares the process and runs a job, in several processes when it asks for them."""
 
     def __init__(self) -> None:
+        self._num_tokens_told = 0  # by the processes of earlier jobs, and by those of the present one
         from reasonrun.trainers import launch
 
         launch.prepare_environment()
         # This import takes seconds; a worker makes its trainer while the first samples are drawn.
         import reasonrun.trainers.execution  # noqa: F401
+
+    @property
+    def num_tokens_made(self) -> int:
+        """Tokens sampled so far: what shows that the job is alive between two optimizer steps."""
+        return self._num_tokens_told
 
     @abstractmethod
     def prepare(self, job: TrainJob) -> tuple[OptimizerSettings, Objective, dict[str, int]]:
@@ -36,7 +42,13 @@ class WorkerTrainer(ABC):
         from reasonrun.trainers import launch
 
         if job.num_processes > 1 and not launch.is_rank():
-            return launch.train_in_processes(f"{type(self).__module__}:{type(self).__qualname__}", job, events)
+            before = self._num_tokens_told
+
+            def note_tokens(num_tokens: int) -> None:
+                self._num_tokens_told = before + num_tokens
+
+            name = f"{type(self).__module__}:{type(self).__qualname__}"
+            return launch.train_in_processes(name, job, events, note_tokens)
 
         if launch.is_rank():
             launch.take_device()  # before prepare, which may load an engine

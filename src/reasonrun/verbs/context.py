@@ -32,6 +32,9 @@ class Host(Protocol):
 
     unit_rows: int
 
+    @property
+    def num_workers(self) -> int: ...
+
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]: ...
 
     def logprobs(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]: ...

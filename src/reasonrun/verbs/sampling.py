@@ -20,8 +20,10 @@ from reasonrun.ledger.wal import Wal
 from reasonrun.records import Checkpoint, Rollout, Sampling
 from reasonrun.samples import Extent, ProblemSet, RolloutSet
 from reasonrun.sets import Rows
-from reasonrun.verbs.context import Context, PlannedStep, Unit
+from reasonrun.verbs.context import Context, Host, PlannedStep, Unit
 from reasonrun.verbs.spending import affordable, check_affordable, count, count_committed, count_logged
+
+_SMALLEST_SHARE = 4  # a smaller part of a unit leaves an engine's batch too empty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +153,7 @@ def _generate(ctx: Context, job: SampleJob, step: OpenStep) -> Committed:
     ctx.progress.begin(job.name, total, total - len(missing))
     if len(missing):
         in_flight = _InFlight()
-        units = affordable(ctx, job.policy, _units(job, missing, ctx.host.unit_rows, in_flight))
+        units = affordable(ctx, job.policy, _units(job, missing, ctx.host, in_flight))
         for _, completions in ctx.host.generate(job.policy, units):
             wal.append([(in_flight.take(c.request) * job.n + c.index, logged(c)) for c in completions])
             for completion in completions:  # only after they are kept: they are paid for, and counting may end the run
@@ -196,24 +198,35 @@ class _InFlight:
         return self.ordinals.pop(key)
 
 
-def _units(job: SampleJob, missing: npt.NDArray[np.int64], unit_rows: int, in_flight: _InFlight) -> Iterator[Unit]:
-    """Requests that are not complete, longest prompts first, in units of about ``unit_rows`` completions.
+def _units(job: SampleJob, missing: npt.NDArray[np.int64], host: Host, in_flight: _InFlight) -> Iterator[Unit]:
+    """Requests that are not complete, longest prompts first, in units of about ``host.unit_rows`` completions.
 
-    Made when a worker asks for one, so that a million requests never stand in memory. A remote model is asked for what
-    is missing only, and one request at a time: it is paid by the completion.
+    Made when a worker asks for one, so that a million requests never stand in memory. Where several workers share them, the
+    last units are smaller, so that the workers end at about the same time. A remote model is asked for what is missing
+    only, and one request at a time: it is paid by the completion.
     """
     pending = [int(ordinal) for ordinal in np.unique(missing // job.n)]
     pending.sort(key=lambda ordinal: (-len(job.asks[ordinal].all_ids), ordinal))
-    size = 1 if job.policy.remote else max(1, unit_rows // job.n)
+    size = 1 if job.policy.remote else max(1, host.unit_rows // job.n)
     rows = {int(row) for row in missing} if job.policy.remote else set()
     asking = job.asking
-    for start in range(0, len(pending), size):
+    start = number = 0
+    while start < len(pending):
+        end = start + _unit_size(size, len(pending) - start, host.num_workers)
         requests = []
-        for ordinal in pending[start : start + size]:
+        for ordinal in pending[start:end]:
             done = tuple(n for n in range(job.n) if rows and ordinal * job.n + n not in rows)
             requests.append(asking.request(job.asks[ordinal], done))
             in_flight.put(requests[-1], ordinal)
-        yield start // size, requests
+        yield number, requests
+        start, number = end, number + 1
+
+
+def _unit_size(largest: int, num_left: int, num_workers: int) -> int:
+    """Requests of the next unit: half of a worker's even share of what is left, within bounds."""
+    if num_workers == 1:
+        return largest
+    return min(largest, max(-(-largest // _SMALLEST_SHARE), -(-num_left // (2 * num_workers))))
 
 
 def _counted(ctx: Context, job: SampleJob, wal: Wal, total: int, counts: Counter[str]) -> Iterator[Rollout]:

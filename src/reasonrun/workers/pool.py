@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from reasonrun.workers import protocol
 from reasonrun.workers.crew import Crew, CrewOwner, Item, Limits
 from reasonrun.workers.spawning import WorkerSpec
 from reasonrun.workers.training import TrainingWorker
-from reasonrun.workers.units import Unit, UnitQueue
+from reasonrun.workers.units import NUM_EXCUSED, Unit, UnitQueue
 
 __all__ = ["GenerationPool", "Limits", "TrainingWorker"]
 
-_NUM_IDLE_CRASHES = 3  # a worker that ends this often while it starts or loads does not do so by chance
+# A worker that ends this often while it starts or loads does not do so by chance: while no worker answers, and at all.
+_NUM_FUTILE_CRASHES, _NUM_IDLE_CRASHES = 3, 8
 _LOGPROBS_UNIT = 64  # sequences
 
 
@@ -80,9 +82,17 @@ class GenerationPool(CrewOwner):
         self._probed: dict[int, tuple[float, ...]] = {}  # by slot, of the model that is there
         self._num_calls = 0
         self._dispatching = False
+        # By slot: crashes in units; its own ones while idle since its last load; and, from outside or not, since any answer.
+        self._num_crashes: Counter[int] = Counter()
         self._num_idle_crashes: Counter[int] = Counter()
+        self._num_futile_crashes: Counter[tuple[int, bool]] = Counter()
         self.num_loads = 0
         self.load_seconds = 0.0
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that share the units."""
+        return len(self._crew.specs)
 
     def prestart(self, checkpoint: Checkpoint | None = None, probe: Sequence[int] = ()) -> None:
         """Start all workers that do not run, and the load of ``checkpoint`` if given, without waiting."""
@@ -112,11 +122,13 @@ class GenerationPool(CrewOwner):
     def prove(self, proof: Proof) -> float:
         """Check what the workers' probes came to, now and whenever one of them loads this checkpoint again.
 
-        Returns the largest mean difference of a worker from the trainer. Raises RunFailed when a worker has other weights;
-        all are ended then.
+        Returns the largest mean difference of a worker from the trainer; not a number when the engine cannot score, which
+        proves nothing. Raises RunFailed when a worker has other weights; all are ended then.
         """
+        if not any(self._probed.values()):
+            return math.nan
         self._proof = proof
-        return max((self._check_probe(slot) for slot in self._probed), default=0.0)
+        return max(self._check_probe(slot) for slot in self._probed)
 
     @property
     def num_done(self) -> int:
@@ -136,26 +148,20 @@ class GenerationPool(CrewOwner):
                 self._note_idle(slot, item)
 
     def generate(self, units: Iterable[tuple[int, Sequence[Request]]]) -> Iterator[tuple[int, list[Completion]]]:
-        """The completions of every (unit number, requests), each unit once, in the order in which they are ready.
+        """The completions of every (unit number, requests), each request once, in the order in which they are ready.
 
-        Units are taken from the iterable when a worker is free. What workers have begun when the caller leaves the
-        iteration is lost.
+        Units are taken from the iterable when a worker is free. A unit comes in one piece, unless it ended workers: then it
+        comes in parts of whole requests. What workers have begun when the caller leaves the iteration is lost.
 
         Raises:
-            RunFailed: a unit ended its worker twice, or an answer does not fit its requests.
+            RunFailed: after all other completions, when a request ends its worker every time; at once, when workers end
+                again and again without any answer, or an answer does not fit its requests.
             Stopped: ``interrupted()`` became true.
         """
-        asked: dict[int, Sequence[Request]] = {}
-
-        def make_units() -> Iterator[Unit]:
-            for number, requests in units:
-                asked[number] = requests
-                yield _generate_unit(number, tuple(requests))
-
-        with contextlib.closing(self._dispatch(make_units())) as answers:
-            for number, answer in answers:
+        with contextlib.closing(self._dispatch(_generate_unit(*unit) for unit in units)) as answers:
+            for unit, answer in answers:
                 assert isinstance(answer, protocol.Generated)
-                yield number, _checked(asked.pop(number), answer.completions)
+                yield unit.number, _checked(unit.items, answer.completions)
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Natural log-probabilities at temperature 1 of each (prompt ids, completion ids), one list per pair.
@@ -164,21 +170,22 @@ class GenerationPool(CrewOwner):
         """
         starts = range(0, len(sequences), _LOGPROBS_UNIT)
         units = (_logprobs_unit(start, sequences[start : start + _LOGPROBS_UNIT]) for start in starts)
-        rows: dict[int, list[list[float]]] = {}
-        for start, answer in self._dispatch(units):
+        rows: dict[int, list[float]] = {}
+        for unit, answer in self._dispatch(units):
             assert isinstance(answer, protocol.Scored)
-            rows[start] = [list(row) for row in answer.logps]
-        logps = [row for start in starts for row in rows[start]]
+            if len(answer.logps) == len(unit.items):
+                rows.update((place, list(row)) for (place, _, _), row in zip(unit.items, answer.logps, strict=True))
+        logps = [rows.get(place, []) for place in range(len(sequences))]
         if [len(row) for row in logps] != [len(completion_ids) for _, completion_ids in sequences]:
             raise RunFailed("the engine gave another number of log-probabilities than there are completion tokens")
         return logps
 
-    def _dispatch(self, units: Iterator[Unit]) -> Generator[tuple[int, protocol.FromWorker], None, None]:
+    def _dispatch(self, units: Iterator[Unit]) -> Generator[tuple[Unit, protocol.FromWorker], None, None]:
         self._refuse_while_dispatching()
         if self._checkpoint is None:
             raise RuntimeError("load a checkpoint before asking for completions")
         self.prestart()
-        queue = UnitQueue(units)
+        queue = UnitQueue(units, self.num_workers)
         self._dispatching = True
         try:
             while self._assign(queue):
@@ -187,12 +194,15 @@ class GenerationPool(CrewOwner):
                     if slot not in queue.in_flight:
                         self._note_idle(slot, item)
                     elif isinstance(item, protocol.WorkerCrash):
+                        self._num_crashes[slot] += 1
                         queue.lose(slot, item)
                     else:
+                        self._num_futile_crashes.clear()
                         answers.append((queue.finish(slot), item))
                 # Free workers get their next unit before the caller stores these.
                 self._assign(queue)
                 yield from answers
+            queue.check_complete()
         finally:
             self._dispatching = False
             for slot in queue.in_flight:
@@ -200,12 +210,13 @@ class GenerationPool(CrewOwner):
 
     def _assign(self, queue: UnitQueue) -> bool:
         """Give free workers work; False when every unit is answered."""
-        for slot in self._free_slots():
+        # What is suspected of ending workers goes to the device that has lost the fewest.
+        for slot in sorted(self._free_slots(), key=lambda slot: self._num_crashes[slot]):
             unit = queue.take(slot)
             if unit is None:
                 break
             self._num_calls += 1
-            self._crew.workers[slot].send(unit.message(self._num_calls))
+            self._crew.workers[slot].send(unit.message(self._num_calls, unit.items))
         return not queue.done
 
     def _turn(self) -> list[Item]:
@@ -214,7 +225,7 @@ class GenerationPool(CrewOwner):
         items: list[Item] = []
         for slot, item in self._crew.turn():
             if isinstance(item, protocol.Loaded):
-                self._num_idle_crashes[slot] = 0
+                self._forget_idle_crashes(slot)
                 self.num_loads += 1
                 self.load_seconds += item.seconds
                 self._probed[slot] = item.probe_logps
@@ -235,11 +246,18 @@ class GenerationPool(CrewOwner):
     def _note_idle(self, slot: int, item: protocol.FromWorker | protocol.WorkerCrash) -> None:
         if not isinstance(item, protocol.WorkerCrash):
             return
-        self._num_idle_crashes[slot] += 1
-        if self._num_idle_crashes[slot] >= _NUM_IDLE_CRASHES:
-            self._num_idle_crashes[slot] = 0
+        self._num_idle_crashes[slot] += not item.from_outside
+        self._num_futile_crashes[slot, item.from_outside] += 1
+        limit = NUM_EXCUSED if item.from_outside else _NUM_FUTILE_CRASHES
+        is_final = self._num_futile_crashes[slot, item.from_outside] >= limit
+        if is_final or self._num_idle_crashes[slot] >= _NUM_IDLE_CRASHES:
+            self._forget_idle_crashes(slot)
             self._crew.end_all()
             raise item
+
+    def _forget_idle_crashes(self, slot: int) -> None:
+        self._num_idle_crashes[slot] = 0
+        self._num_futile_crashes[slot, False] = self._num_futile_crashes[slot, True] = 0
 
     def _load_missing(self) -> None:
         for worker in self._crew.workers.values():
@@ -262,15 +280,22 @@ def _same(loaded: Checkpoint | None, wanted: Checkpoint | None) -> bool:
     return (loaded.weights, loaded.tokenizer) == (wanted.weights, wanted.tokenizer)
 
 
-def _generate_unit(number: int, requests: tuple[Request, ...]) -> Unit:
-    content = "the requests " + ", ".join(request.key for request in requests)
-    return Unit(number, content, lambda call: protocol.Generate(call=call, requests=requests))
+def _generate_unit(number: int, requests: Sequence[Request]) -> Unit:
+    def describe(requests: tuple[Request, ...]) -> str:
+        return ", ".join(f"request {request.key} of problem {request.problem_id}" for request in requests)
+
+    return Unit(number, tuple(requests), lambda call, items: protocol.Generate(call=call, requests=items), describe)
 
 
 def _logprobs_unit(start: int, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Unit:
-    part = tuple((tuple(prompt_ids), tuple(completion_ids)) for prompt_ids, completion_ids in sequences)
-    content = f"the log-probabilities of sequences {start} to {start + len(part) - 1}"
-    return Unit(start, content, lambda call: protocol.Logprobs(call=call, sequences=part))
+    def message(call: int, items: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]) -> protocol.Logprobs:
+        return protocol.Logprobs(call=call, sequences=tuple((prompt_ids, ids) for _, prompt_ids, ids in items))
+
+    def describe(items: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]) -> str:
+        return ", ".join(f"the log-probabilities of sequence {place} (from 0)" for place, _, _ in items)
+
+    items = tuple((start + i, tuple(prompt), tuple(ids)) for i, (prompt, ids) in enumerate(sequences))
+    return Unit(start, items, message, describe)
 
 
 def _checked(requests: Sequence[Request], completions: Sequence[Completion]) -> list[Completion]:

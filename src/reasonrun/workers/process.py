@@ -130,6 +130,12 @@ class WorkerProcess:
             case protocol.Generated() | protocol.Scored() | protocol.Trained():
                 self.call = None
 
+    def _ended_from_outside(self) -> bool:
+        """Whether somebody killed the guard, or the carrier to another machine. The kernel takes the largest process when
+        memory runs out, and that is the one which works; its end is an exit status of the guard."""
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return info is not None and info.si_code != os.CLD_EXITED
+
     def _exit_code(self) -> int | None:
         if self._process.returncode is not None:
             return self._process.returncode
@@ -180,7 +186,8 @@ class WorkerProcess:
         """End the worker and say why it ended: ``reason``, or what its exit status tells."""
         hint = ""
         self.exit_code = self._await_exit_code() if reason is None else None
-        if self.exit_code == 128 + signal.SIGKILL:
+        from_outside = reason is None and self._ended_from_outside()
+        if self.exit_code == 128 + signal.SIGKILL and not from_outside:
             hint = (
                 "if nobody killed it, the kernel did because memory ran out (dmesg tells): "
                 "lower the engine's batch size, the trainer's micro_batch_size or launcher.num_workers"
@@ -188,7 +195,12 @@ class WorkerProcess:
         self.end()
         reason = reason or _describe_exit(self.exit_code)
         return protocol.WorkerCrash(
-            self.spec.name, reason, log_path=self.spec.log_path, log_tail=self.log_tail(), hint=hint
+            self.spec.name,
+            reason,
+            log_path=self.spec.log_path,
+            log_tail=self.log_tail(),
+            hint=hint,
+            from_outside=from_outside,
         )
 
     def log_tail(self) -> str:

@@ -31,14 +31,18 @@ class WorkerCrash(errors.RunFailed):
         reason: why it ended, as a clause: "was killed by signal 9 (SIGKILL)".
         log_path: the worker's log.
         log_tail: the last lines of that log since this process started.
+        from_outside: what it was doing cannot have ended it.
     """
 
-    def __init__(self, worker: str, reason: str, *, log_path: Path, log_tail: str, hint: str = "") -> None:
+    def __init__(
+        self, worker: str, reason: str, *, log_path: Path, log_tail: str, hint: str = "", from_outside: bool = False
+    ) -> None:
         indented = "\n".join(f"  | {line}" for line in log_tail.splitlines())
         message = f"worker {worker} {reason}; its log is {log_path}"
         super().__init__(f"{message}, and ends with:\n{indented}" if indented else message, hint=hint)
         self.log_path = log_path
         self.log_tail = log_tail
+        self.from_outside = from_outside
 
 
 class ProtocolError(Exception):

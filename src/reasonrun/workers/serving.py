@@ -147,8 +147,7 @@ class _Server:
             case protocol.Load():
                 began = time.monotonic()
                 self._engine.load(message.checkpoint)
-                probe = [probe_pair(message.probe)] if message.probe else []
-                probed = tuple(float(logp) for row in self._engine.logprobs(probe) for logp in row) if probe else ()
+                probed = _probed(self._engine, message.probe)
                 seconds = time.monotonic() - began
                 self._channel.send(protocol.Loaded(call=message.call, seconds=seconds, probe_logps=probed))
             case protocol.Sleep():
@@ -180,6 +179,16 @@ class _Server:
 
         result = self._trainer.train(message.job, report)
         self._channel.send(protocol.Trained(call=message.call, result=result))
+
+
+def _probed(engine: Engine, probe: Sequence[int]) -> tuple[float, ...]:
+    """The log-probabilities of the probe; none when nobody asks, or from an engine that cannot score."""
+    if not probe:
+        return ()
+    try:
+        return tuple(float(logp) for logp in engine.logprobs([probe_pair(probe)])[0])
+    except NotImplementedError:
+        return ()
 
 
 def find_class(class_path: str) -> Any:

@@ -10,8 +10,9 @@ from reasonrun.training import TrainJob, TrainResult
 from reasonrun.workers import protocol
 from reasonrun.workers.crew import Crew, CrewOwner, Limits
 from reasonrun.workers.spawning import WorkerSpec
+from reasonrun.workers.units import NUM_EXCUSED
 
-_NUM_FUTILE_CRASHES = 2  # in a row, without a checkpoint between them
+_NUM_FUTILE_CRASHES = 2  # in a row, without a checkpoint between them; those from outside do not count
 
 
 class TrainingWorker(CrewOwner):
@@ -66,17 +67,22 @@ class TrainingWorker(CrewOwner):
                 to resume from. Without it the first crash is final.
 
         Raises:
-            WorkerCrash: the worker died or hung, and there is no ``retry``, or it did so twice without a checkpoint
-                in between.
+            WorkerCrash: the worker died or hung, and there is no ``retry``, or it did so twice of itself without a
+                checkpoint in between.
             Stopped: ``interrupted()`` became true.
             ReasonrunError: whatever the trainer raised of these.
         """
-        num_futile_crashes = 0
+        num_futile_crashes = num_excused = 0
         while True:
             answer, made_checkpoint = self._attempt(job, on_event)
             if isinstance(answer, TrainResult):
                 return answer
-            num_futile_crashes = 1 if made_checkpoint else num_futile_crashes + 1
+            if made_checkpoint:
+                num_futile_crashes = num_excused = 0
+            if answer.from_outside and num_excused < NUM_EXCUSED:
+                num_excused += 1
+            else:
+                num_futile_crashes += 1
             if retry is None or num_futile_crashes >= _NUM_FUTILE_CRASHES:
                 raise answer
             job = retry()
