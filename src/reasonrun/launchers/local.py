@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
+from reasonrun.training import Sharding
 
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, Limits, TrainingWorker
@@ -62,6 +63,11 @@ class Local:
         )
         num_processes: int = setting(
             0, Effect.NUMERIC, "Processes of a training step; 0 takes one for each device, one on the CPU.", ge=0
+        )
+        sharding: Sharding = setting(
+            "none",
+            Effect.NUMERIC,
+            "What training processes divide: none the batch alone; fsdp also weights, gradients and optimizer state.",
         )
         devices: Literal["auto", "cpu"] | tuple[int | str, ...] = setting(
             "auto", Effect.NUMERIC, "GPUs to use, by number or UUID; auto takes all visible ones, cpu none."
@@ -120,6 +126,7 @@ class Local:
         return TrainingWorker(
             trainer_class_path,
             num_processes=placement.num_processes,
+            sharding=self.settings.sharding,
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
             python=self.settings.python,

@@ -20,8 +20,9 @@ from reasonrun.records import Graded, PolicyGradientExample, Problem
 from reasonrun.trainers.batches import Indexes, share_of_rank
 from reasonrun.trainers.live_weights import live_weights
 from reasonrun.trainers.objective import Computed, Fixed, Objective
-from reasonrun.trainers.passes import in_passes
+from reasonrun.trainers.passes import Together, in_passes
 from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
+from reasonrun.trainers.sharding import is_sharded
 from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import ON_POLICY_FILE, PolicyGradientSettings
@@ -228,8 +229,16 @@ class PolicyGradientObjective(Objective):
                     i, learnt_BT[i, columns_K]
                 ]
 
-        size = self._pass_size or max(1, len(own))
-        fitted = in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
+        together = None
+        if is_sharded(model):
+            shortest = everything[[np.argmin(self.lengths)]]
+            together = Together(
+                num_rows=-(-len(everything) // _world()),
+                idle=lambda: token_nll(model, *pad([(sequences, shortest)]), device),
+            )
+        size = self._pass_size or max(1, together.num_rows if together else len(own))
+        what = "the log-probabilities of rollouts"
+        fitted = in_passes(own, size, run, what=what, single="rollout", together=together)
         self._pass_size = fitted if fitted < size else self._pass_size
         model.train(was_training)
         starts_P = sequences.offsets[self.merged.owner_P]
