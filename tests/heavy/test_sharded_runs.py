@@ -35,7 +35,7 @@ def finish(run: Path, *, num_processes: int) -> dict[str, str]:
     """Digests of what the training step left."""
     process = start(run, num_processes=num_processes)
     assert process.wait(_DEADLINE_SECONDS) == 0, run.with_suffix(".log").read_text()
-    paths = sorted(run.rglob("*.safetensors"))
+    paths = sorted((run / "steps").rglob("*.safetensors"))
     assert paths
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path: Path) -
     finish(tmp_path / "killed", num_processes=3)
     finish(tmp_path / "whole", num_processes=2)
     ((some, other),) = zip(
-        *[sorted((tmp_path / run).rglob("model.safetensors")) for run in ("killed", "whole")], strict=True
+        *[sorted((tmp_path / run / "steps").rglob("model.safetensors")) for run in ("killed", "whole")], strict=True
     )
     weights, expected = load_file(some), load_file(other)
     assert weights.keys() == expected.keys()

@@ -26,6 +26,8 @@ from reasonrun.trainers.preference import Preference
 from reasonrun.trainers.sft import SFT
 from reasonrun.training import PreferenceSettings, SFTSettings, TrainJob
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all jobs
+
 TRAINERS = {"sft": SFT, "preference": Preference, "policy_gradient": PolicyGradient}
 SHARDED = {"num_processes": 2, "sharding": "fsdp"}
 LORA = {"rank": 4, "dropout": 0.1}
@@ -118,6 +120,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     for kind in ("sft", "carried", "preference", "on_policy"):
         jobs[f"{kind}-one"] = of(kind, f"{kind}-one", {})
         jobs[f"{kind}-two"] = of(kind, f"{kind}-two", SHARDED)
+    jobs["bfloat16-one"] = of("sft", "bfloat16-one", {}, dtype="bfloat16")
+    jobs["bfloat16-two"] = of("sft", "bfloat16-two", SHARDED, dtype="bfloat16")
     jobs["ddp"] = of("sft", "ddp", {"num_processes": 2})
     jobs["checkpointing"] = of("sft", "checkpointing", SHARDED, gradient_checkpointing=True)
     jobs["on_policy_lora-one"] = of("on_policy", "on_policy_lora-one", {}, lora=LORA | {"dropout": 0.0})
@@ -165,6 +169,14 @@ def test_two_processes_with_half_a_model_each_learn_what_one_does(trained: Train
     tolerance = 1e-5 if kind == "sft" else 2**-8
     assert furthest(trained.final(two), trained.final(one)) <= tolerance
     assert furthest(trained.final(two), weights_of(trained.jobs[one].start.path)) > 2e-4
+
+
+@pytest.mark.slow
+def test_weights_gathered_in_bfloat16_learn_the_same_but_for_their_rounding(trained: Trained) -> None:
+    losses = trained.losses("bfloat16-two")
+    assert losses == pytest.approx(trained.losses("bfloat16-one"), rel=1e-2)
+    assert losses != pytest.approx(trained.losses("sft-two"), rel=1e-6)
+    assert furthest(trained.final("bfloat16-two"), trained.final("bfloat16-one")) <= 1e-3
 
 
 @pytest.mark.slow
