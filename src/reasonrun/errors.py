@@ -32,6 +32,10 @@ class RunFailed(ReasonrunError):
     exit_code = 1
 
 
+class OutOfMemory(RunFailed):
+    """Training in several processes that cannot halve its forward passes by itself; less at a time may fit."""
+
+
 class RecipeError(ReasonrunError):
     """The recipe, the command line or an input file is wrong; nothing was started."""
 

@@ -11,6 +11,8 @@ from reasonrun.records import Checkpoint, Record
 from reasonrun.settings import Effect, Settings, setting
 
 TrainKind = Literal["sft", "preference", "policy_gradient", "scalar"]
+Sharding = Literal["none", "fsdp"]
+"""What the processes of a training step divide: the batch alone, or also weights, gradients and optimizer state."""
 
 
 class LoRASettings(Settings):
@@ -199,6 +201,7 @@ class TrainJob(Record):
     out_dir: str
     resume_from: str | None = None
     num_processes: int = 1
+    sharding: Sharding = "none"
     on_policy: OnPolicyJob | None = None  # instead of rows
 
 

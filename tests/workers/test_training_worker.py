@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worker_stubs import make_checkpoint
 
-from reasonrun.errors import Finding, Stopped
+from reasonrun.errors import Finding, OutOfMemory, Stopped
 from reasonrun.training import TrainJob
 from reasonrun.workers.pool import Limits, TrainingWorker
 from reasonrun.workers.protocol import WorkerCrash
@@ -59,10 +59,29 @@ def test_events_in_order_result_and_one_process_for_two_jobs(worker: TrainingWor
     assert worker.num_starts == 1
 
 
-def test_launcher_decides_the_number_of_processes(worker_options: dict[str, Any]) -> None:
+def test_launcher_decides_the_number_of_processes_and_what_they_divide(worker_options: dict[str, Any]) -> None:
     job = make_job(num_steps=1)
-    with TrainingWorker("worker_stubs.StubTrainer", num_processes=3, **worker_options) as worker:
-        assert worker.train(job, lambda event: None).metrics["num_processes"] == 3
+    with TrainingWorker("worker_stubs.StubTrainer", num_processes=3, sharding="fsdp", **worker_options) as worker:
+        metrics = worker.train(job, lambda event: None).metrics
+    assert (metrics["num_processes"], metrics["is_sharded"]) == (3, 1)
+
+
+def test_processes_that_cannot_halve_by_themselves_start_again_with_less_at_a_time(
+    worker_options: dict[str, Any],
+) -> None:
+    events: list[dict[str, Any]] = []
+    wanted: dict[str, Any] = {"batch_size": 9, "checkpoint_every": 4, "crash_at": 6, "trouble": "memory"}
+
+    def retry() -> TrainJob:
+        return make_job(resume_from="/out/checkpoint-4", crash_on_resume=True, **wanted)
+
+    with TrainingWorker("worker_stubs.StubTrainer", num_processes=2, **worker_options) as worker:
+        assert worker.train(make_job(**wanted), events.append, retry=retry).num_steps == 6
+        # Of nine rows one process takes five, then three, two, one at a time.
+        assert [event["micro_batch_size"] for event in events if event["event"] == "note"] == [3, 2, 1]
+        assert steps_of(events, "log") == [1, 2, 3, 4, 5, 5, 5, 5, 6]
+        with pytest.raises(OutOfMemory):
+            worker.train(make_job(**wanted), events.append)
 
 
 def test_crash_is_final_without_a_retry(worker: TrainingWorker) -> None:

@@ -137,6 +137,8 @@ def make_trouble(kind: str) -> None:
             hang_in_python()
         case "hang with the lock":
             hang_with_the_lock()
+        case "memory":
+            raise errors.OutOfMemory("out of memory.", hint="less at a time")
         case "finding":
             raise errors.Finding("nothing to learn", evidence={"wrong": 3, "share": 0.5}, hint="more samples")
         case "own error":
@@ -211,6 +213,7 @@ class StubTrainer:
         wanted = job.settings
         for step in range(first + 1, job.num_steps + 1):
             may_crash = wanted.get("crash_on_resume") or not job.resume_from
+            may_crash = may_crash and wanted.get("micro_batch_size") != 1
             if may_crash and step == wanted.get("crash_at"):
                 make_trouble(str(wanted["trouble"]))
             time.sleep(float(str(wanted.get("seconds", 0))))
@@ -218,4 +221,5 @@ class StubTrainer:
             if step % int(str(wanted.get("checkpoint_every", 1000))) == 0:
                 events({"event": "checkpoint", "step": step, "path": f"{job.out_dir}/checkpoint-{step}"})
         metrics = {"num_processes": float(job.num_processes), "pid": float(os.getpid())}
+        metrics["is_sharded"] = float(job.sharding != "none")
         return TrainResult(num_steps=job.num_steps, num_tokens=1, num_padded_tokens=2, metrics=metrics)

@@ -14,6 +14,7 @@ from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.launchers._devices import check_devices
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
+from reasonrun.training import Sharding
 
 if TYPE_CHECKING:
     from reasonrun.workers.pool import GenerationPool, Limits, TrainingWorker
@@ -63,6 +64,11 @@ class Local:
         )
         num_processes: int = setting(
             0, Effect.NUMERIC, "Processes of a training step; 0 takes one for each device, one on the CPU.", ge=0
+        )
+        sharding: Sharding = setting(
+            "none",
+            Effect.NUMERIC,
+            "What training processes divide: none the batch alone; fsdp also weights, gradients and optimizer state.",
         )
         devices: Literal["auto", "cpu"] | tuple[int | str, ...] = setting(
             "auto", Effect.NUMERIC, "GPUs to use, by number or UUID; auto takes all visible ones, cpu none."
@@ -143,6 +149,7 @@ class Local:
         return TrainingWorker(
             trainer_class_path,
             num_processes=placement.num_processes,
+            sharding=self.settings.sharding,
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
             python=self.settings.python,

@@ -19,14 +19,16 @@ from reasonrun.errors import RecipeError
 from reasonrun.model_folder import ModelFolder
 from reasonrun.probing import probe_ids
 from reasonrun.randomness import derive_seed
-from reasonrun.trainers import launch
-from reasonrun.trainers.folders import commit_folder, read_moments, write_model, write_moments
+from reasonrun.trainers import launch, sharding
+from reasonrun.trainers.folders import commit_folder, moments_of, read_moments, write_model, write_moments
 from reasonrun.trainers.objective import Fixed, Objective
+from reasonrun.trainers.sharded_trainer import ShardedStepTrainer
 from reasonrun.trainers.step_trainer import StepTrainer
 from reasonrun.training import LoRASettings, OptimizerSettings, TrainJob, TrainResult
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _REPORTED = ("loss", "lr", "grad_norm")
+_EXACT_PARAMETERS = 10**10
 _COUNTS = ("num_tokens", "num_padded_tokens", "learning_rate", "epoch", "step")
 
 
@@ -60,6 +62,7 @@ def run_job(
     transformers_logging.disable_progress_bar()
     Path(job.out_dir).mkdir(parents=True, exist_ok=True)
     with _process_group(job):
+        _check_sharding(job, events)
         return _train(job, settings, objective, events, counts, carry=carry)
 
 
@@ -75,9 +78,9 @@ def _train(
     out_dir = Path(job.out_dir)
     args = _arguments(job, settings, out_dir)
     set_seed(args.seed)  # adapters are drawn before the Trainer seeds
-    model, stored_dtype = _load(job, settings)
+    model, stored_dtype = _load(job, settings, shard=_is_sharded(job))
     rows = objective.plan(settings.batch_size, job.num_steps, job.seed)
-    trainer = StepTrainer(
+    trainer = (ShardedStepTrainer if sharding.is_sharded(model) else StepTrainer)(
         model=model,
         args=args,
         objective=objective,
@@ -100,14 +103,14 @@ def _train(
     )
     trainer.accelerator.free_memory()  # it keeps what it prepared, the reference too
     if carry and job.resume_from is None:
-        read_moments(model, trainer.create_optimizer(), Path(str(job.start.optimizer_path)))
+        optimizer = trainer.create_optimizer()
+        read_moments(model, optimizer, Path(str(job.start.optimizer_path)), sharding.part_like)
     try:
         trainer.train(resume_from_checkpoint=job.resume_from)
     finally:
         objective.close()
     trainer.remove_staging()
-    if args.process_index == 0:
-        _write_outputs(model, trainer.optimizer, job, stored_dtype)
+    _write_outputs(model, trainer.optimizer, job, settings, stored_dtype)
     if args.world_size > 1:
         dist.barrier()
     return _result(trainer.state.log_history, objective, settings.batch_size, counts)
@@ -148,7 +151,7 @@ def _arguments(job: TrainJob, settings: OptimizerSettings, out_dir: Path) -> Tra
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch_fused",
-        bf16=settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu),
+        bf16=_in_bfloat16(settings),
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not on_gpu,
@@ -167,22 +170,55 @@ def _arguments(job: TrainJob, settings: OptimizerSettings, out_dir: Path) -> Tra
     return args
 
 
-def _load(job: TrainJob, settings: OptimizerSettings) -> tuple[Any, torch.dtype]:
+def _check_sharding(job: TrainJob, events: TrainEvents) -> None:
+    if job.sharding != "none" and not _is_sharded(job):
+        text = f"launcher.sharding={job.sharding} divides nothing in a single process: the model is trained whole"
+        events({"event": "note", "text": text})
+    if job.resume_from is None or sharding.has_shards(Path(job.resume_from)) == _is_sharded(job):
+        return
+    made, now = ("none", "fsdp") if _is_sharded(job) else ("fsdp", "none, or a single process,")
+    raise RecipeError(
+        f"the checkpoint {job.resume_from} was made with launcher.sharding={made}; {now} cannot go on from it",
+        hint=f"set launcher.sharding={made} again, or make the step again with --redo and its name",
+    )
+
+
+def _is_sharded(job: TrainJob) -> bool:
+    return job.sharding != "none" and dist.is_initialized()
+
+
+def _load(job: TrainJob, settings: OptimizerSettings, *, shard: bool) -> tuple[Any, torch.dtype]:
     """The model to train and the dtype in which its start checkpoint is stored."""
     ModelFolder(Path(job.start.path)).weight_paths()  # refuses a folder without safetensors before anything is opened
     model = AutoModelForCausalLM.from_pretrained(
         job.start.path, dtype="auto", use_safetensors=True, local_files_only=True
     )
     stored_dtype = model.dtype
-    model = _in_training_dtype(model, settings)
-    return (model if settings.lora is None else _with_adapters(model, settings.lora)), stored_dtype
+    if not shard:
+        model = _in_training_dtype(model, settings)
+    model = model if settings.lora is None else _with_adapters(model, settings.lora)
+    return (_sharded(model, settings) if shard else model), stored_dtype
 
 
 def _in_training_dtype(model: Any, settings: OptimizerSettings) -> Any:
-    """Master weights in float32: an update of 1e-6 is lost in bfloat16. Frozen ones may stay as they are stored."""
-    if settings.lora is None or settings.dtype == "float32" or not torch.cuda.is_available():
-        return model.float()
-    return model
+    return model.float() if _has_master_weights(settings) else model
+
+
+def _has_master_weights(settings: OptimizerSettings) -> bool:
+    """Weights in float32: an update of 1e-6 is lost in bfloat16. Frozen ones may stay as they are stored."""
+    return settings.lora is None or settings.dtype == "float32" or not torch.cuda.is_available()
+
+
+def _sharded(model: Any, settings: OptimizerSettings) -> Any:
+    return sharding.shard(
+        model,
+        stored_as=torch.float32 if _has_master_weights(settings) else None,
+        computed_as=torch.bfloat16 if _in_bfloat16(settings) else None,
+    )
+
+
+def _in_bfloat16(settings: OptimizerSettings) -> bool:
+    return settings.dtype == "bfloat16" or (settings.dtype == "auto" and torch.cuda.is_available())
 
 
 def _load_reference(job: TrainJob, settings: OptimizerSettings, trainer: StepTrainer) -> Any:
@@ -194,7 +230,10 @@ def _load_reference(job: TrainJob, settings: OptimizerSettings, trainer: StepTra
     model = AutoModelForCausalLM.from_pretrained(
         job.reference.path, dtype="auto", use_safetensors=True, local_files_only=True
     )
-    model = _in_training_dtype(model, settings).to(trainer.args.device)
+    if sharding.is_sharded(trainer.model):
+        model = _sharded(model, settings)
+    else:
+        model = _in_training_dtype(model, settings).to(trainer.args.device)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
@@ -212,15 +251,31 @@ def _with_adapters(model: Any, lora: LoRASettings) -> Any:
     return get_peft_model(model, config)
 
 
-def _write_outputs(model: Any, optimizer: Any, job: TrainJob, stored_dtype: torch.dtype) -> None:
-    out_dir = Path(job.out_dir)
+def _write_outputs(
+    model: Any, optimizer: Any, job: TrainJob, settings: OptimizerSettings, stored_dtype: torch.dtype
+) -> None:
+    """Write what the job leaves, in the first process; the others give it their parts."""
+    out_dir, writes = Path(job.out_dir), not dist.is_initialized() or dist.get_rank() == 0
+    if settings.lora is None:
+        moments = {}
+        for name, moment in moments_of(model, optimizer):
+            gathered = sharding.whole(moment)
+            if writes:
+                moments[name] = gathered.cpu().contiguous()
+        if writes:
+            write_moments(moments, out_dir / "optimizer")
+        del moments
+    if sharding.is_sharded(model):
+        plain = _load(job, settings, shard=False)[0] if writes else None
+        sharding.copy_whole(model, plain)
+        model = plain
+    if not writes:
+        return
     if hasattr(model, "merge_and_unload"):
         staged = out_dir / "adapter.partial"
         model.save_pretrained(staged)
         commit_folder(staged, out_dir / "adapter")
         model = model.float().merge_and_unload()
-    else:
-        write_moments(model, optimizer, out_dir / "optimizer")
     model = model.to(stored_dtype)
     write_model(model, Path(job.start.path), out_dir / "final", _probe_logps(model))
 
@@ -229,10 +284,12 @@ def _probe_logps(model: Any) -> list[float]:
     """Log-probabilities of the probe under the weights as they are stored, by which an engine proves that it has them."""
     ids = torch.tensor([probe_ids(model.config.get_text_config().vocab_size)], device=model.device)
     stored_dtype = model.dtype
+    # Stored weights, exact arithmetic: what every engine approximates. A large model would not fit a second time.
+    if model.num_parameters() < _EXACT_PARAMETERS:
+        model.float()
     model.eval()
     with torch.inference_mode():
-        # Stored weights, exact arithmetic: what every engine approximates.
-        logits_TV = model.float()(input_ids=ids).logits[0, :-1].float()
+        logits_TV = model(input_ids=ids).logits[0, :-1].float()
         logps_T = logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     model.to(stored_dtype)
     return [float(logp) for logp in logps_T]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _MOMENTS_FILE = "adamw.safetensors"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _sync(path: Path) -> None:
@@ -50,16 +50,17 @@ def write_model(model: Any, start_dir: Path, target: Path, probe_logps: Sequence
     commit_folder(staged, target)
 
 
-def write_moments(model: Any, optimizer: Any, target: Path) -> None:
+def moments_of(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """AdamW's state by parameter name, each tensor as this process holds it."""
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        yield from ((f"{moment}.{name}", state[moment].detach()) for moment in MOMENTS if moment in state)
+
+
+def write_moments(tensors: dict[str, torch.Tensor], target: Path) -> None:
     """Write AdamW's state by parameter name. Learning rate and the like are settings, so they are not in it."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        tensors |= {
-            f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in _MOMENTS if moment in state
-        }
     staged = target.with_name(target.name + ".partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -67,8 +68,14 @@ def write_moments(model: Any, optimizer: Any, target: Path) -> None:
     commit_folder(staged, target)
 
 
-def read_moments(model: Any, optimizer: Any, source: Path) -> None:
+def read_moments(model: Any, optimizer: Any, source: Path, place: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
     """Give a fresh optimizer the state that ``write_moments`` wrote.
+
+    Args:
+        model: to train.
+        optimizer: over its parameters.
+        source: the folder.
+        place: gives what of a tensor belongs beside a parameter, on its device.
 
     Raises:
         RunFailed: the file is missing or belongs to another model.
@@ -85,11 +92,11 @@ def read_moments(model: Any, optimizer: Any, source: Path) -> None:
     for name, parameter in model.named_parameters():
         if f"exp_avg.{name}" not in tensors:
             continue
-        state = {moment: tensors.pop(f"{moment}.{name}") for moment in _MOMENTS}
+        state = {moment: tensors.pop(f"{moment}.{name}") for moment in MOMENTS}
         if state["exp_avg"].shape != parameter.shape:
             raise _misfit(path, f"{name} is {tuple(parameter.shape)} here, {tuple(state['exp_avg'].shape)} there")
         # A fused optimizer wants its step counter beside the parameter.
-        optimizer.state[parameter] = {moment: tensor.to(parameter.device) for moment, tensor in state.items()}
+        optimizer.state[parameter] = {moment: place(tensor, parameter) for moment, tensor in state.items()}
     if tensors:
         raise _misfit(path, f"this model has no {sorted(tensors)[0].split('.', 1)[1]}")
 

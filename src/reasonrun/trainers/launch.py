@@ -32,6 +32,8 @@ _POLL_SECONDS = 0.1
 _TELL_SECONDS = 1.0
 # How long the first process may go on after another one failed, so that it can report what it knows.
 _GRACE_SECONDS = 10.0
+# The same when that one has said why: the first may be waiting for it for ever.
+_SAID_SECONDS = 1.0
 _LOG_TAIL_LINES = 12
 _LOST_PARENT_EXIT_CODE = 75
 
@@ -80,7 +82,7 @@ def train_in_processes(
     result: TrainResult | None = None
     try:
         with os.fdopen(read_end, encoding="utf-8") as stream:
-            for event in _events(stream, processes):
+            for event in _events(stream, processes, out_dir):
                 if event["event"] == "result":
                     result = TrainResult.model_validate(event["result"])
                 elif event["event"] == "error":
@@ -93,6 +95,9 @@ def train_in_processes(
     finally:
         _end(processes)
     failed = [rank for rank, process in enumerate(processes) if process.returncode != 0]
+    for said in (_error_path(out_dir, rank) for rank in failed):
+        if said.is_file():
+            raise _rebuild(json.loads(said.read_text(encoding="utf-8")))
     if result is None or failed:
         raise _died(processes, failed, out_dir)
     return result
@@ -125,7 +130,7 @@ def _start(trainer: str, job: TrainJob, job_path: Path, rank: int, events_fd: in
         )
 
 
-def _events(stream: IO[str], processes: list[subprocess.Popen[bytes]]) -> Iterator[dict[str, Any]]:
+def _events(stream: IO[str], processes: list[subprocess.Popen[bytes]], out_dir: Path) -> Iterator[dict[str, Any]]:
     """Events until the first process closes its end, or is past its grace after another one failed."""
     os.set_blocking(stream.fileno(), False)
     pending = b""
@@ -141,8 +146,10 @@ def _events(stream: IO[str], processes: list[subprocess.Popen[bytes]]) -> Iterat
                 yield from (json.loads(line) for line in lines)
             if failed_at is None and any(process.poll() not in (None, 0) for process in processes):
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-                return
+            if failed_at is not None:
+                said = any(_error_path(out_dir, rank).is_file() for rank in range(len(processes)))
+                if time.monotonic() - failed_at > (_SAID_SECONDS if said else _GRACE_SECONDS):
+                    return
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -162,6 +169,10 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
         if process.stdin is not None:
             process.stdin.close()
+
+
+def _error_path(out_dir: Path, rank: int) -> Path:
+    return out_dir / f"rank-{rank}.error.json"
 
 
 def _rebuild(event: dict[str, Any]) -> ReasonrunError:
@@ -213,7 +224,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         evidence = getattr(error, "evidence", {})
         kind = type(error).__name__
-        emit({"event": "error", "kind": kind, "message": error.message, "hint": error.hint, "evidence": evidence})
+        said = {"event": "error", "kind": kind, "message": error.message, "hint": error.hint, "evidence": evidence}
+        emit(said)
+        if options.watch_parent:  # the first process may never learn of it: it waits for this one
+            path = _error_path(options.job.parent, int(os.environ["RANK"]))
+            path.with_suffix(".partial").write_text(json.dumps(said), encoding="utf-8")
+            path.with_suffix(".partial").rename(path)
         return error.exit_code
     emit({"event": "result", "result": result.model_dump(mode="json")})
     return 0

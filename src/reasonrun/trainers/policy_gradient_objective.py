@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from reasonrun.contracts import Engine
 from reasonrun.credit import advantages, cells, k1_penalties, row_weights
 from reasonrun.on_policy import Collected, Collector, plan_problems
-from reasonrun.records import Graded, PolicyGradientExample, Problem
+from reasonrun.records import PolicyGradientExample
 from reasonrun.trainers.batches import Indexes, share_of_rank
 from reasonrun.trainers.live_weights import live_weights
 from reasonrun.trainers.objective import Computed, Fixed, Objective
-from reasonrun.trainers.passes import in_passes
+from reasonrun.trainers.passes import Together, in_passes
 from reasonrun.trainers.policy_gradient_loss import k2_losses, surrogate_losses
+from reasonrun.trainers.ranks import gathered, rank, summed, world
+from reasonrun.trainers.sharding import is_sharded
 from reasonrun.trainers.shared_prefixes import merge
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import ON_POLICY_FILE, PolicyGradientSettings
@@ -108,7 +109,7 @@ class PolicyGradientObjective(Objective):
         began = time.monotonic()
         self._engine.update(live_weights(self._model))
         problems = [self._collector.problems[i] for i in self._problems[sampling]]
-        graded = _gathered(lambda share: self._collector.collect(sampling + 1, share), problems)
+        graded = gathered(lambda share: self._collector.collect(sampling + 1, share), problems)
         collected = self._collector.reward(graded)
         examples = collected.rows
         self.merged = merge(examples)
@@ -150,7 +151,7 @@ class PolicyGradientObjective(Objective):
             if self._kl_coefs.any():
                 self._statistics[f"kl_{attempt}"] = float(log_ratios[here].mean())
             self._statistics[f"advantage_{attempt}"] = float(np.sqrt(np.mean(self._advantages[here] ** 2)))
-        if not _rank():
+        if not rank():
             collected.keep(self._out_dir, optimizer_step, kl=log_ratios, advantage=self._advantages)
 
     def losses(self, model: Any, batch: Indexes, micro: Indexes, device: torch.device) -> Computed:
@@ -216,7 +217,7 @@ class PolicyGradientObjective(Objective):
         device = next(model.parameters()).device
         sequences = self.merged.sequences
         everything = np.arange(len(sequences), dtype=np.int64)
-        own = share_of_rank(everything, self.lengths, _rank(), _world())
+        own = share_of_rank(everything, self.lengths, rank(), world())
         found = np.zeros(len(sequences.token_ids))
 
         def run(some: Indexes) -> None:
@@ -228,12 +229,20 @@ class PolicyGradientObjective(Objective):
                     i, learnt_BT[i, columns_K]
                 ]
 
-        size = self._pass_size or max(1, len(own))
-        fitted = in_passes(own, size, run, what="the log-probabilities of rollouts", single="rollout")
+        together = None
+        if is_sharded(model):
+            shortest = everything[[np.argmin(self.lengths)]]
+            together = Together(
+                num_rows=-(-len(everything) // world()),
+                idle=lambda: token_nll(model, *pad([(sequences, shortest)]), device),
+            )
+        size = self._pass_size or max(1, together.num_rows if together else len(own))
+        what = "the log-probabilities of rollouts"
+        fitted = in_passes(own, size, run, what=what, single="rollout", together=together)
         self._pass_size = fitted if fitted < size else self._pass_size
         model.train(was_training)
         starts_P = sequences.offsets[self.merged.owner_P]
-        logps_N: Floats = _summed(found, device)[np.repeat(starts_P, self.merged.num_tokens_P) + self.merged.places_N]
+        logps_N: Floats = summed(found, device)[np.repeat(starts_P, self.merged.num_tokens_P) + self.merged.places_N]
         return logps_N
 
     def _scored_by_reference(self) -> Floats:
@@ -263,33 +272,3 @@ class PolicyGradientObjective(Objective):
                 " importance_cap, helps"
             )
         return {"mismatch": mean, "largest_mismatch": float(np.abs(gaps).max())}
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gathered(collect: Callable[[Sequence[Problem]], list[Graded]], problems: Sequence[Problem]) -> list[Graded]:
-    """Rollouts of all problems, each process making its part; in the order of the problems, whatever their number."""
-    share = problems[_rank() :: _world()]
-    graded = collect(share) if share else []
-    if _world() > 1:
-        parts: list[list[Graded]] = [[] for _ in range(_world())]
-        dist.all_gather_object(parts, graded)
-        graded = [row for part in parts for row in part]
-    places = {problem.id: place for place, problem in enumerate(problems)}
-    return sorted(graded, key=lambda row: places[row.rollout.problem_id])
-
-
-def _summed(values: Floats, device: torch.device) -> Floats:
-    """What the processes found, each its own rows and 0 elsewhere."""
-    if _world() == 1:
-        return values
-    both = torch.from_numpy(values).to(device)
-    dist.all_reduce(both)
-    total: Floats = both.cpu().numpy()
-    return total

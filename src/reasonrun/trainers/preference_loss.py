@@ -16,7 +16,8 @@ from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.trainers.batches import Indexes
 from reasonrun.trainers.examples import Pairs
 from reasonrun.trainers.objective import Computed, Fixed, Objective
-from reasonrun.trainers.passes import in_passes
+from reasonrun.trainers.passes import Together, in_passes
+from reasonrun.trainers.sharding import is_sharded
 from reasonrun.trainers.token_nll import pad, token_nll
 from reasonrun.training import PreferenceSettings
 
@@ -202,5 +203,7 @@ class PreferenceObjective(Objective):
 
         size = self.settings.micro_batch_size or self.settings.batch_size
         longest = f"pair, the longest of which has {self.lengths[order[0]]} tokens ({self.name(int(order[0]))}),"
-        in_passes(order, size, run, what="the reference log-probabilities", single=longest)
+        # Every process computes all of them, so none is ever idle.
+        together = Together(num_rows=len(order), idle=lambda: None) if is_sharded(model) else None
+        in_passes(order, size, run, what="the reference log-probabilities", single=longest, together=together)
         return found_2N

@@ -20,6 +20,7 @@ from reasonrun.errors import RunFailed
 from reasonrun.trainers.batches import Indexes, micro_batches, share_of_rank
 from reasonrun.trainers.folders import commit_folder
 from reasonrun.trainers.objective import Objective, is_out_of_memory
+from reasonrun.trainers.sharding import whole
 
 _MAX_NAMED_ROWS = 20
 # Gradients are summed over processes in pieces of about this many elements: few messages, little extra memory.
@@ -94,20 +95,25 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Forward and backward passes over this process's share: loss and statistics by position in the batch (N, 1 + S),
         tokens, failure."""
         sums_NS = torch.zeros((len(batch), 1 + len(self._objective.statistics)), dtype=torch.float64)
-        share = share_of_rank(batch, self._objective.lengths, self.args.process_index, self.args.world_size)
         num_padded_tokens = 0
-        for micro in micro_batches(share, self._pass_size(batch)):
+        for micro, counts in self._passes(batch):
             try:
                 computed = self._objective.losses(model, batch, micro, self.args.device)
-                self.accelerator.backward(computed.losses_B.sum())
+                self.accelerator.backward(computed.losses_B.sum() * float(counts))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 return sums_NS, num_padded_tokens, True
-            columns = [computed.losses_B, *computed.statistics]
-            sums_NS[torch.from_numpy(micro)] = torch.stack([c.detach().double().cpu() for c in columns], dim=1)
             num_padded_tokens += computed.num_tokens
+            if counts:
+                columns = [computed.losses_B, *computed.statistics]
+                sums_NS[torch.from_numpy(micro)] = torch.stack([c.detach().double().cpu() for c in columns], dim=1)
         return sums_NS, num_padded_tokens, False
+
+    def _passes(self, batch: Indexes) -> list[tuple[Indexes, bool]]:
+        """Positions in the batch of each forward pass of this process, and whether they count."""
+        share = share_of_rank(batch, self._objective.lengths, self.args.process_index, self.args.world_size)
+        return [(micro, True) for micro in micro_batches(share, self._pass_size(batch))]
 
     def _agree(
         self, sums_NS: torch.Tensor, num_padded_tokens: int, out_of_memory: bool
@@ -128,12 +134,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def _halve(self, step: int, batch: Indexes) -> None:
         size = self._pass_size(batch)
         if size == 1:
-            longest = max((int(row) for row in batch), key=lambda row: int(self._objective.lengths[row]))
-            raise RunFailed(
-                f"Out of memory at optimizer step {step + 1}: a single example does not fit. The longest of this batch"
-                f" has {self._objective.lengths[longest]} tokens ({self._objective.name(longest)}).",
-                hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use more memory.",
-            )
+            raise self._does_not_fit(step, batch)
         self._micro_batch_size = math.ceil(size / 2)
         self._events(
             {
@@ -144,6 +145,14 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "text": f"out of memory at optimizer step {step + 1}; the step is repeated with"
                 f" micro_batch_size={self._micro_batch_size}, its batch and its result are the same",
             }
+        )
+
+    def _does_not_fit(self, step: int, batch: Indexes) -> RunFailed:
+        longest = max((int(row) for row in batch), key=lambda row: int(self._objective.lengths[row]))
+        return RunFailed(
+            f"Out of memory at optimizer step {step + 1}: a single example does not fit. The longest of this batch"
+            f" has {self._objective.lengths[longest]} tokens ({self._objective.name(longest)}).",
+            hint="Lower max_length, set gradient_checkpointing=true, dtype=bfloat16 or lora, or use more memory.",
         )
 
     def _sum_gradients(self, model: Any) -> None:
@@ -167,7 +176,7 @@ class StepTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Raises:
             RunFailed: it is not finite.
         """
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = float(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
         if not math.isfinite(norm):
             raise self._not_finite("gradient", self._batch.tolist())
         return norm
