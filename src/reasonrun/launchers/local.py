@@ -42,12 +42,13 @@ class RecipeParts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who gets what. ``device_env[i]`` are the variables of generation worker i."""
+    """Who gets what. ``device_env[i]`` are the variables of generation worker i, ``through[i]`` what carries it elsewhere."""
 
     num_workers: int
     num_processes: int
     device_env: tuple[dict[str, str], ...]
     training_env: dict[str, str] = field(default_factory=dict)
+    through: tuple[tuple[str, ...], ...] = ()
 
 
 class Local:
@@ -101,6 +102,7 @@ class Local:
             record_worker=run_dir.record_worker,
             python=self.settings.python,
             device_env=placement.device_env,
+            through=placement.through or None,
             limits=self._limits(self.settings.stall_seconds),
             interrupted=interrupted,
         )
