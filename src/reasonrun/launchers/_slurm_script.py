@@ -58,8 +58,19 @@ class Job:
     cwd: Path
 
 
+def is_writable(value: str) -> bool:
+    """Whether sbatch reads ``value`` back from a script: it does not know a shell's way to write a quote within quotes."""
+    return "'" not in value and "\n" not in value
+
+
 def script_text(job: Job, settings: Slurm.Settings) -> str:
-    """The whole script. Raises EnvironmentProblem when submitit is not installed."""
+    """The whole script. Raises EnvironmentProblem when submitit is not installed, or sbatch could not read a path."""
+    for path in (job.cwd, job.jobs):
+        if not is_writable(str(path)):
+            raise EnvironmentProblem(
+                f"{path}: the parameters of a Slurm job cannot hold a path with a quote in it",
+                hint="run in another folder, or name another run directory with --run DIR",
+            )
     try:
         from submitit.slurm.slurm import _make_sbatch_string as make_script
     except ImportError:
@@ -73,7 +84,7 @@ def script_text(job: Job, settings: Slurm.Settings) -> str:
             **silent,
             "command": _command(job, settings),
             "folder": job.jobs,
-            "job_name": job.name,
+            "job_name": job.name.replace("'", "_"),
             "partition": settings.partition,
             "account": settings.account,
             "qos": settings.qos,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -13,7 +14,7 @@ from pydantic import field_validator, model_validator
 from reasonrun.contracts import Submission
 from reasonrun.errors import EnvironmentProblem
 from reasonrun.launchers import _slurm_queue as queue
-from reasonrun.launchers._slurm_script import OWN_JOB, OWNED_PARAMETERS, Job, script_text
+from reasonrun.launchers._slurm_script import OWN_JOB, OWNED_PARAMETERS, Job, is_writable, script_text
 from reasonrun.launchers.local import Local, Placement
 from reasonrun.settings import Effect, setting
 
@@ -71,8 +72,10 @@ class Slurm(Local):
                     raise ValueError(f"{key!r} is no long name of a parameter of sbatch, such as gres or mail-type")
                 if key in OWNED_PARAMETERS:
                     raise ValueError(f"{key} is set by reasonrun: {OWNED_PARAMETERS[key]}")
-                if value is False or "\n" in str(value):
-                    raise ValueError(f"{key} must be text, a number, or true for a parameter without a value")
+                if value is False or not is_writable(str(value)):
+                    raise ValueError(
+                        f"{key} must be a number, text without a quote, or true for a parameter without a value"
+                    )
             return extra
 
         @model_validator(mode="after")
@@ -132,7 +135,10 @@ class Slurm(Local):
             )
         per_node = self.settings.num_workers // len(nodes)
         here = Local(self.settings.model_copy(update={"num_workers": per_node})).placement()
-        through = [srun(node, env) if node != nodes[0] else () for node in nodes for env in here.device_env]
+        places = [(node, env) for node in nodes for env in here.device_env]
+        through = [
+            carrier(node, f"generation-{i}", env) if node != nodes[0] else () for i, (node, env) in enumerate(places)
+        ]
         return Placement(
             num_workers=self.settings.num_workers,
             num_processes=here.num_processes,
@@ -158,12 +164,7 @@ def job_nodes() -> list[str]:
     return [own, *(node for node in nodes if node != own)]
 
 
-def srun(node: str, env: Mapping[str, str]) -> tuple[str, ...]:
-    """The beginning of a command that runs the rest of it on a node of this job, connected to its standard streams.
-
-    The step shares the node's resources with the job's other steps. ``env`` is set on the node itself, because Slurm
-    sets CUDA_VISIBLE_DEVICES to all devices of the step; every other variable comes from the environment of srun.
-    """
-    options = ("--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpu-bind=none", "--mpi=none")
-    streams = ("--export=ALL", "--unbuffered", "--kill-on-bad-exit=1", "--quiet")
-    return ("srun", *options, *streams, "env", *(f"{name}={value}" for name, value in env.items()))
+def carrier(node: str, name: str, env: Mapping[str, str]) -> tuple[str, ...]:
+    """The beginning of a command that runs the rest of it on a node of this job, as a step of this name."""
+    module = (sys.executable, "-P", "-m", "reasonrun.launchers._slurm_step")
+    return (*module, node, name, *(f"{variable}={value}" for variable, value in env.items()), "--")
