@@ -195,6 +195,8 @@ def test_without_submitit_or_slurm_the_message_says_what_to_install(
          r"no partition 'huge'\n  launcher.partition is one of: a, b"),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
          r"Slurm does not answer: Batch[\s\S]*scontrol ping"),
+        ("sbatch: error: ClusterName needs to be specified\nsbatch: fatal: Unable to process configuration file",
+         "Slurm does not answer: ClusterName"),
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
          r"refused the job: Batch[\s\S]*\n  launcher.account"),
         ("sbatch: error: Batch job submission failed: Invalid qos specification", r"\n  launcher.qos"),

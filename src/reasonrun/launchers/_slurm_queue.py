@@ -90,7 +90,7 @@ def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def _away(said: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"Slurm does not answer: {_one_line(said)}",
-        hint=f"see whether its controller is up with `scontrol ping` and try again, {_HERE_INSTEAD}",
+        hint=f"see with `scontrol ping` whether this machine reaches its controller, and try again, {_HERE_INSTEAD}",
     )
 
 
