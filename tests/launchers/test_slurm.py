@@ -131,8 +131,8 @@ def test_impossible_settings_are_refused(settings: dict[str, object], said: str)
 
 RUNS = 'printf "%s\\n" "$*" >>"$CALLS"'  # what was called, line by line
 COMMAND = """\
-echo "began $*" >>"$CALLS"
 trap 'echo told >>"$CALLS"; sleep 0.2; exit 75' TERM
+echo "began $*" >>"$CALLS"
 [ "$1" = wait ] && { for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3; done; }
 exit "$2"
 """

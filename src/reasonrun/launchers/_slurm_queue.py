@@ -28,7 +28,8 @@ _REFUSALS = {
     ),
 }
 _AWAY = re.compile(
-    r"[Uu]nable to contact|Connection refused|[Cc]ommunication|Socket timed out|[Mm]unge|credential|resolve"
+    r"[Uu]nable to contact|Connection refused|[Cc]ommunication|Socket timed out|[Mm]unge|credential"
+    r"|configuration source|configuration file"
 )
 
 
