@@ -257,3 +257,35 @@ class Tracker(Protocol):
     def log(self, row: dict[str, Any]) -> None: ...
 
     def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A command that now waits in a queue: its number there, what will run, where it writes, commands that follow it."""
+
+    job_id: str
+    queue: str
+    script: Path
+    log: Path
+    follow: tuple[str, ...]
+
+
+class Submits(Protocol):
+    """A launcher that may hand the whole command to a queue, instead of letting it run here and starting its workers."""
+
+    def submit(
+        self, arguments: Sequence[str], *, once: Sequence[str] = (), folder: Path, program: Sequence[str]
+    ) -> Submission | None:
+        """Submit the command; None when it shall run here, because this is where the queue has brought it.
+
+        Args:
+            arguments: what follows the program: ``train``, the recipe, overrides, flags.
+            once: flags for the first start alone, if the queue may start the command several times.
+            folder: the run directory; what is submitted, and its log, go to ``folder/jobs``.
+            program: the beginning of the command: interpreter and module.
+
+        Raises:
+            EnvironmentProblem: the queue is missing, does not answer, or refuses.
+            RunConflict: what was submitted for this folder before still waits or runs.
+        """
+        ...

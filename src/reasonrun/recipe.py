@@ -237,7 +237,9 @@ def _slug(composition: Composition, fields: Mapping[str, RecipeField]) -> str:
     for override in composition.overrides:
         dotted = ".".join(str(part) for part in override.key)
         field = fields.get(dotted)
-        if field is None or field.effect in (Effect.SEMANTIC, Effect.HORIZON) or override.group:
+        if override.group:
+            field = fields.get(f"{dotted}.name")
+        if field is None or field.effect in (Effect.SEMANTIC, Effect.HORIZON):
             value = override.value if isinstance(override.value, str) else json.dumps(override.value, sort_keys=True)
             texts[dotted] = value
     whole = ",".join(f"{key}={value}" for key, value in sorted(texts.items()))

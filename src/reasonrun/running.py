@@ -59,7 +59,7 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         Finding: the experiment ended without a model worth keeping; what was committed stays.
         Stopped: a signal arrived; the same command continues.
     """
-    further = _goes_further(options.directory, recipe)
+    further = goes_further(options.directory, recipe)
     method = recipe.classes["method"]
     with RunDir.open(
         options.directory,
@@ -254,7 +254,7 @@ def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progr
     return stopping
 
 
-def _goes_further(directory: Path, recipe: ResolvedRecipe) -> bool:
+def goes_further(directory: Path, recipe: ResolvedRecipe) -> bool:
     """Whether the recipe asks a run in ``directory``, finished or not, for more of the same."""
     if not (directory / "run.json").exists():
         return False

@@ -13,6 +13,7 @@ from rich.console import Console
 from reasonrun import plugins
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import PlainProgress
+from reasonrun.cli.submitting import own_arguments, submitted_run
 from reasonrun.errors import Finding, RecipeError
 from reasonrun.judging import measured
 from reasonrun.recipe import load
@@ -81,6 +82,8 @@ def eval_command(request: EvalRequest, *, as_json: bool) -> None:
     """Measure, keep every item, print the table. The same command continues an interrupted evaluation."""
     recipe = load("eval", request.recipe_overrides())
     directory = run_directory(recipe, request.directory)
+    if submitted_run(recipe, directory, own_arguments(), as_json=as_json):
+        return
     with StopFlag("reasonrun eval") as stop:
         options = RunOptions(
             directory=directory,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress
+from reasonrun.cli.submitting import own_arguments, submitted
 from reasonrun.errors import RecipeError
 from reasonrun.report.sweeps import format_markdown, format_text, sweep_table
 from reasonrun.sweeping import (
@@ -54,6 +55,8 @@ def sweep_command(request: SweepRequest) -> int:
         )
     runs = expand(request.recipes, request.overrides) if request.recipes else []
     out = request.out or sweep_directory(runs)
+    if not request.table_only and submitted(runs[0].recipe, out, own_arguments(), as_json=request.as_json):
+        return 0
     if request.table_only:
         summaries = read_summaries(out)
     else:

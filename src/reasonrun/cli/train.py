@@ -9,6 +9,7 @@ from rich.console import Console
 
 from reasonrun.cli.main import print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
+from reasonrun.cli.submitting import submitted_run
 from reasonrun.errors import Finding
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.planning import Assumptions, compare, format_comparison, plan
@@ -33,7 +34,12 @@ def train_command(
     """Run or continue, then print where the result is and the table of rounds."""
     resolved = load(recipe, overrides)
     where = run_directory(resolved, directory)
-    command = " ".join(["reasonrun train", recipe, *overrides, *(["--run", str(directory)] if directory else [])])
+    arguments = ["train", recipe, *overrides, *(["--run", str(directory)] if directory else [])]
+    flags = [*(["--prune"] if prune else []), *(["--accept-code"] if accept_code else [])]
+    once = ["--redo", redo] if redo else []
+    if submitted_run(resolved, where, [*arguments, *flags], once=once, as_json=as_json):
+        return
+    command = " ".join(["reasonrun", *arguments])
     console = Console(stderr=True)
     with StopFlag(command) as stop:
         options = RunOptions(

@@ -44,12 +44,13 @@ class RecipeParts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who gets what. ``device_env[i]`` are the variables of generation worker i."""
+    """Who gets what. ``device_env[i]`` are the variables of generation worker i, ``through[i]`` what carries it elsewhere."""
 
     num_workers: int
     num_processes: int
     device_env: tuple[dict[str, str], ...]
     training_env: dict[str, str] = field(default_factory=dict)
+    through: tuple[tuple[str, ...], ...] = ()
 
 
 class Local:
@@ -129,6 +130,7 @@ class Local:
             name=name,
             python=getattr(recipe.engine, "interpreter", None) or self.settings.python,
             device_env=placement.device_env,
+            through=placement.through or None,
             limits=self._limits(self.settings.stall_seconds),
             interrupted=interrupted,
         )

@@ -14,7 +14,7 @@ from reasonrun.ledger.seals import OK_NAME, read_seal, verify_files
 from reasonrun.ledger.steps import STEP_NAME, Committed, check_step_name, redo_hint
 
 RUN_NAME = "run.json"
-_OWN_NAMES = {LOCK_NAME, "attempts", "steps", "derived", "quarantine", f"{RUN_NAME}.tmp"}
+_OWN_NAMES = {LOCK_NAME, "attempts", "steps", "derived", "quarantine", "jobs", f"{RUN_NAME}.tmp"}
 
 StepState = Literal["committed", "begun"]
 

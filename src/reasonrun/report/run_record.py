@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.catalogue import RUN_NAME, read_lines, run_identity, step_states, stored_fingerprint
-from reasonrun.ledger.files import Files
+from reasonrun.ledger.files import Files, decode_json
 from reasonrun.ledger.seals import read_seal
 from reasonrun.ledger.steps import Committed
 from reasonrun.records import Problem, Record, Rollout, Score
@@ -175,7 +176,11 @@ def open_run(path: Path) -> RunRecord:
 
 
 def check_is_run(path: Path) -> None:
-    """Raises RecipeError when ``path`` is no run directory."""
+    """Raises RecipeError when ``path`` is no run directory, or one whose job has not begun."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        follow = decode_json((path / "jobs" / "job.json").read_bytes())["follow"]
+        if not (path / RUN_NAME).exists():
+            raise RecipeError(f"{path} is submitted and has not begun", hint=f"see where it waits: {follow}")
     if not (path / RUN_NAME).is_file():
         what = f"has no {RUN_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is a file"
         raise RecipeError(f"{path} is not a run directory: it {what}", hint="list the runs with: reasonrun status")
