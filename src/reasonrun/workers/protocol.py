@@ -31,14 +31,18 @@ class WorkerCrash(errors.RunFailed):
         reason: why it ended, as a clause: "was killed by signal 9 (SIGKILL)".
         log_path: the worker's log.
         log_tail: the last lines of that log since this process started.
+        displaced: the machine under the worker is gone, or has no room for it; what the worker did is not the cause.
     """
 
-    def __init__(self, worker: str, reason: str, *, log_path: Path, log_tail: str, hint: str = "") -> None:
+    def __init__(
+        self, worker: str, reason: str, *, log_path: Path, log_tail: str, hint: str = "", displaced: bool = False
+    ) -> None:
         indented = "\n".join(f"  | {line}" for line in log_tail.splitlines())
         message = f"worker {worker} {reason}; its log is {log_path}"
         super().__init__(f"{message}, and ends with:\n{indented}" if indented else message, hint=hint)
         self.log_path = log_path
         self.log_tail = log_tail
+        self.displaced = displaced
 
 
 class ProtocolError(Exception):
@@ -148,6 +152,14 @@ class Failed(WireRecord):
     evidence: dict[str, int | float] = Field(default_factory=dict)
 
 
+class NoRoom(WireRecord):
+    """No machine has room for the worker. Written by what carries it to one, which then ends."""
+
+    kind: Literal["no_room"] = "no_room"
+    message: str
+    hint: str = ""
+
+
 class Heartbeat(WireRecord):
     """``num_done`` counts tokens (generation) or trainer events (training) since the process started."""
 
@@ -157,7 +169,7 @@ class Heartbeat(WireRecord):
 
 
 ToWorker = Setup | Load | Generate | Logprobs | Train | Exit
-FromWorker = Hello | Ready | Loaded | Generated | Scored | Event | Trained | Failed | Heartbeat
+FromWorker = Hello | Ready | Loaded | Generated | Scored | Event | Trained | Failed | NoRoom | Heartbeat
 _TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from reasonrun.contracts import TrainEvents
 from reasonrun.training import TrainJob, TrainResult
 from reasonrun.workers import protocol
-from reasonrun.workers.crew import Crew, CrewOwner, Limits
+from reasonrun.workers.crew import NUM_DISPLACEMENTS, Crew, CrewOwner, Limits
 from reasonrun.workers.spawning import WorkerSpec
 
 _NUM_FUTILE_CRASHES = 2  # in a row, without a checkpoint between them
@@ -71,11 +71,15 @@ class TrainingWorker(CrewOwner):
             Stopped: ``interrupted()`` became true.
             ReasonrunError: whatever the trainer raised of these.
         """
-        num_futile_crashes = 0
+        num_futile_crashes = num_displacements = 0
         while True:
             answer, made_checkpoint = self._attempt(job, on_event)
             if isinstance(answer, TrainResult):
                 return answer
+            if answer.displaced and retry is not None and num_displacements < NUM_DISPLACEMENTS:
+                num_displacements = 0 if made_checkpoint else num_displacements + 1
+                job = retry()
+                continue
             num_futile_crashes = 1 if made_checkpoint else num_futile_crashes + 1
             if retry is None or num_futile_crashes >= _NUM_FUTILE_CRASHES:
                 raise answer

@@ -10,6 +10,7 @@ from reasonrun.errors import RunFailed
 from reasonrun.workers import protocol
 
 NUM_UNIT_CRASHES = 2  # a unit that ends its worker this often is at fault, not chance
+_NUM_UNIT_DISPLACEMENTS = 8  # so many machines are not lost by chance while they do the same work
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class UnitQueue:
         self._units = units
         self._again: deque[Unit] = deque()
         self._num_crashes: Counter[int] = Counter()
+        self._num_displacements: Counter[int] = Counter()
         self._exhausted = False
         self.in_flight: dict[int, Unit] = {}
 
@@ -50,8 +52,16 @@ class UnitQueue:
         return self.in_flight.pop(slot).number
 
     def lose(self, slot: int, crash: protocol.WorkerCrash) -> None:
-        """Put the slot's unit back. Raises RunFailed when it was lost so often that it must be the cause."""
+        """Put the slot's unit back. Raises RunFailed when it was lost so often that it must be the cause.
+
+        A worker that lost its machine counts for nothing, unless that happens to one unit again and again.
+        """
         unit = self.in_flight.pop(slot)
+        if crash.displaced:
+            self._num_displacements[unit.number] += 1
+            if self._num_displacements[unit.number] < _NUM_UNIT_DISPLACEMENTS:
+                self._again.append(unit)
+                return
         self._num_crashes[unit.number] += 1
         if self._num_crashes[unit.number] >= NUM_UNIT_CRASHES:
             raise RunFailed(
