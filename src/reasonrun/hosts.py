@@ -68,6 +68,7 @@ class WorkerHost:
         self._loaded = ""
         self.unit_rows = int(recipe.engine.unit_rows)
         self._launcher = recipe.classes["launcher"](recipe.launcher)
+        self._take_turns = bool(getattr(self._launcher, "take_turns", False))
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         yield from self._generating(checkpoint).generate(units)
@@ -77,20 +78,33 @@ class WorkerHost:
 
     def _generating(self, checkpoint: Checkpoint) -> GenerationPool:
         """The generation workers, with ``checkpoint`` in place."""
+        if self._take_turns:
+            self._close_training(None)
         if self._generation is None:
             self._generation = self._launcher.generation(
                 recipe=self._recipe, run_dir=self._run_dir, interrupted=self._interrupted
             )
             self._generation.prestart(checkpoint)
-            for kind in self._recipe.classes["method"].trains:  # imports take seconds, which sampling can hide
-                self._training_worker(kind).prestart()
+            if not self._take_turns:
+                for kind in self._recipe.classes["method"].trains:  # imports take seconds, which sampling can hide
+                    self._training_worker(kind).prestart()
         if self._loaded != checkpoint.weights:
             self._generation.load(checkpoint)
             self._loaded = checkpoint.weights
         return self._generation
 
     def train(self, job: TrainJob, events: TrainEvents, retry: Callable[[], TrainJob]) -> TrainResult:
+        if self._take_turns:
+            self._close_training(job.kind)
+            if self._generation is not None:
+                self._generation.close()
+                self._loaded = ""
         return self._training_worker(job.kind).train(job, events, retry=retry)
+
+    def _close_training(self, but: TrainKind | None) -> None:
+        for kind, worker in self._training.items():
+            if kind != but:
+                worker.close()
 
     def merge(self, job: MergeJob) -> None:
         from reasonrun.workers.merging import merge_in_process

@@ -17,7 +17,7 @@ from reasonrun import __version__
 from reasonrun.cli.main import print_json
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "vllm", "wandb", "ray", "datasets", "math-verify")
-EXTRAS = {"wandb": "reasonrun[wandb]", "datasets": "reasonrun[hub]"}
+EXTRAS = {"wandb": "reasonrun[wandb]", "datasets": "reasonrun[hub]", "ray": "reasonrun[ray]"}
 
 
 def doctor_command(*, as_json: bool) -> None:
