@@ -190,14 +190,24 @@ def test_round_without_a_shared_path_is_the_local_one(cluster: Cluster, folder: 
     assert seconds_until(lambda: not remote_workers(cluster), 10) < 10
 
 
-def test_killed_supervisor_leaves_nothing(cluster: Cluster, folder: Path) -> None:
-    process = start(folder, "killed", *GEN, f"launcher.address={cluster.address}", "launcher.num_workers=2")
-    wait_until_sampling(folder / "killed")
-    assert len(remote_workers(cluster)) >= 6 and run_processes(folder / "killed")  # an actor, a guard and a worker each
+@pytest.mark.parametrize("where", ["cluster", "local"])
+def test_killed_supervisor_leaves_nothing(cluster: Cluster, folder: Path, where: str) -> None:
+    overrides = {
+        "cluster": [*GEN, f"launcher.address={cluster.address}", "launcher.num_workers=2"],
+        "local": ["launcher=ray", "launcher.address=local"],  # a Ray that belongs to the run, and goes with it
+    }
+    process, run_dir = start(folder, where, *overrides[where]), folder / where
+    wait_until_sampling(run_dir)
+    own_ray = [p for p in psutil.Process(process.pid).children(recursive=True) if "raylet" in " ".join(p.cmdline())]
+    assert bool(own_ray) == (where == "local")
+    assert len(remote_workers(cluster)) >= 6 and run_processes(run_dir)  # an actor, a guard and a worker each
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    gone = seconds_until(lambda: not remote_workers(cluster) and not run_processes(folder / "killed"), 20)
-    assert gone < 5
+
+    def all_gone() -> bool:
+        return not (remote_workers(cluster) or run_processes(run_dir) or any(p.is_running() for p in own_ray))
+
+    assert seconds_until(all_gone, 20) < 5
 
 
 def test_lost_node_costs_its_units_in_flight(cluster: Cluster, folder: Path, local: dict[str, str]) -> None:
