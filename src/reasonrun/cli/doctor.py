@@ -18,7 +18,7 @@ from reasonrun.errors import EnvironmentProblem
 from reasonrun.launchers._devices import Device, query_devices
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "vllm", "wandb", "ray", "datasets", "math-verify")
-EXTRAS = {"wandb": "reasonrun[wandb]", "datasets": "reasonrun[hub]"}
+EXTRAS = {"wandb": "reasonrun[wandb]", "datasets": "reasonrun[hub]", "ray": "reasonrun[ray]"}
 
 
 def doctor_command(*, as_json: bool) -> None:

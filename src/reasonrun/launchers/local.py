@@ -5,41 +5,29 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.launchers._devices import check_devices
+from reasonrun.launchers.worker_settings import (
+    RecipeParts,
+    Residency,
+    RunPlace,
+    WorkerSettings,
+    dotted_path,
+    residency_of,
+)
 from reasonrun.settings import Effect, setting
-from reasonrun.settings import Settings as SettingsBase
 from reasonrun.training import Sharding
 
 if TYPE_CHECKING:
-    from reasonrun.workers.pool import GenerationPool, Limits, TrainingWorker
+    from reasonrun.workers.pool import GenerationPool, TrainingWorker
 
 _QUERY_SECONDS = 30.0
 _CPU_QUOTA_PATH = Path("/sys/fs/cgroup/cpu.max")  # "<microseconds|max> <period>" of control groups version 2
-
-
-class RunPlace(Protocol):
-    """The part of a run directory that workers need."""
-
-    @property
-    def attempt_dir(self) -> Path: ...
-
-    def record_worker(self, pid: int, pgid: int) -> None: ...
-
-
-class RecipeParts(Protocol):
-    """The part of a resolved recipe that decides what a generation worker runs."""
-
-    @property
-    def engine(self) -> Any: ...
-
-    @property
-    def classes(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +44,7 @@ class Placement:
 class Local:
     """Starts workers as processes of this machine."""
 
-    class Settings(SettingsBase):
+    class Settings(WorkerSettings):
         """Recipe fields of ``launcher: local``."""
 
         name: Literal["local"] = "local"
@@ -74,41 +62,15 @@ class Local:
         devices: Literal["auto", "cpu"] | tuple[int | str, ...] = setting(
             "auto", Effect.NUMERIC, "GPUs to use, by number or UUID; auto takes all visible ones, cpu none."
         )
-        residency: Literal["auto", "exit", "sleep", "resident"] = setting(
-            "auto",
-            Effect.OPERATIONAL,
-            "While training, the engine's process exits, sleeps without its memory, or stays; auto stays on the CPU only.",
-        )
-        python: str | None = setting(
-            None, Effect.OPERATIONAL, "Python executable of the workers; null takes the one that runs reasonrun."
-        )
-        start_seconds: float = setting(
-            300.0, Effect.OPERATIONAL, "Longest start of a worker, before it counts as hanging.", gt=0
-        )
-        load_seconds: float = setting(
-            1800.0, Effect.OPERATIONAL, "Longest load of a model, before it counts as hanging.", gt=0
-        )
-        stall_seconds: float = setting(
-            600.0, Effect.OPERATIONAL, "Longest time without a new token, before a worker counts as hanging.", gt=0
-        )
-        train_stall_seconds: float = setting(
-            1800.0,
-            Effect.OPERATIONAL,
-            "Longest time without an optimizer step, before training counts as hanging.",
-            gt=0,
-        )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._has_checked = False
 
     @property
-    def residency(self) -> Literal["exit", "sleep", "resident"]:
-        """What becomes of the engine while a trainer works: on the CPU memory is plenty, on a GPU it is all taken."""
-        chosen = self.settings.residency
-        if chosen != "auto":
-            return chosen
-        return "exit" if self._devices() else "resident"
+    def residency(self) -> Residency:
+        """What becomes of the engine while a trainer works."""
+        return residency_of(self.settings, on_gpus=bool(self._devices()))
 
     def generation(
         self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], name: str = "generation"
@@ -122,7 +84,7 @@ class Local:
         placement = self.placement()
         self._check_devices()
         return GenerationPool(
-            _dotted_path(recipe.classes["engine"]),
+            dotted_path(recipe.classes["engine"]),
             recipe.engine.model_dump_json(),
             num_workers=placement.num_workers,
             attempt_dir=run_dir.attempt_dir,
@@ -131,7 +93,7 @@ class Local:
             python=getattr(recipe.engine, "interpreter", None) or self.settings.python,
             device_env=placement.device_env,
             through=placement.through or None,
-            limits=self._limits(self.settings.stall_seconds),
+            limits=self.settings.limits(self.settings.stall_seconds),
             interrupted=interrupted,
         )
 
@@ -156,7 +118,7 @@ class Local:
             record_worker=run_dir.record_worker,
             python=self.settings.python,
             env=placement.training_env,
-            limits=self._limits(self.settings.train_stall_seconds),
+            limits=self.settings.limits(self.settings.train_stall_seconds),
             interrupted=interrupted,
         )
 
@@ -193,15 +155,6 @@ class Local:
         by_variable = self.settings.devices == "auto" and "CUDA_VISIBLE_DEVICES" in os.environ
         check_devices(self._devices(), "CUDA_VISIBLE_DEVICES" if by_variable else "launcher.devices")
         self._has_checked = True
-
-    def _limits(self, stall_seconds: float) -> Limits:
-        from reasonrun.workers.pool import Limits
-
-        return Limits(
-            start_seconds=self.settings.start_seconds,
-            load_seconds=self.settings.load_seconds,
-            stall_seconds=stall_seconds,
-        )
 
 
 def find_devices() -> list[str]:
@@ -262,7 +215,3 @@ def _threads(num_sharers: int) -> dict[str, str]:
     if "OMP_NUM_THREADS" in os.environ:
         return {}  # the user's choice
     return {"OMP_NUM_THREADS": str(max(1, num_cores() // num_sharers))}
-
-
-def _dotted_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,7 @@ from reasonrun.workers.process import WorkerProcess, exchange
 from reasonrun.workers.spawning import WorkerSpec
 
 TURN_SECONDS = 0.1
+NUM_DISPLACEMENTS = 5  # in a row, without an answer between them: no longer the machines' misfortune
 _LAST_ORDINARY_STATUS = 127  # above it a shell reports a signal
 
 
@@ -35,11 +37,17 @@ class Limits:
 
 
 class Crew:
-    """Up to one process per spec. ``workers`` maps the spec's index to the process that runs now."""
+    """Up to one process per spec. ``workers`` maps the spec's index to the process that runs now.
+
+    ``displaced`` are the slots whose worker lost its machine and has not found another one yet. They are tried again
+    and again, as long as some other worker goes on.
+    """
 
     def __init__(self, specs: Sequence[WorkerSpec], limits: Limits, interrupted: Callable[[], int]) -> None:
         self.specs, self.limits, self._interrupted = specs, limits, interrupted
         self.workers: dict[int, WorkerProcess] = {}
+        self.displaced: set[int] = set()
+        self._num_displacements: Counter[int] = Counter()
         self.num_starts = 0
         self.start_seconds = 0.0
 
@@ -54,7 +62,9 @@ class Crew:
         for slot in range(len(self.specs)):
             worker = self.workers.get(slot)
             if worker and worker.ready and worker.call is None and worker.has_exited:
-                self.end(slot)
+                self.workers.pop(slot)
+                if worker.crash().displaced:
+                    self.displaced.add(slot)
             if slot not in self.workers:
                 self.start(slot)
 
@@ -90,11 +100,15 @@ class Crew:
             match message:
                 case protocol.Failed():
                     raise protocol.rebuild_error(message)
+                case protocol.NoRoom():
+                    return [*items, (slot, self._without_room(slot, message))]
                 case protocol.Ready():
                     self.start_seconds += message.seconds
+                    self.displaced.discard(slot)
                 case protocol.Hello() | protocol.Heartbeat():
                     pass
                 case _:
+                    self._num_displacements[slot] = 0
                     items.append((slot, message))
         if worker.ended:
             items.append((slot, self._remove(slot, None)))
@@ -117,12 +131,25 @@ class Crew:
     def _remove(self, slot: int, reason: str | None) -> protocol.WorkerCrash:
         worker = self.workers.pop(slot)
         crash = worker.crash(reason)
+        if crash.displaced:
+            self.displaced.add(slot)
+            self._num_displacements[slot] += 1
+            crash.displaced = self._num_displacements[slot] < NUM_DISPLACEMENTS
+            return crash
         ended_itself = worker.exit_code is not None and worker.exit_code <= _LAST_ORDINARY_STATUS
         if not worker.greeted and ended_itself:
             raise EnvironmentProblem(
                 f"the interpreter {worker.spec.interpreter} cannot run a worker: {crash.message}",
                 hint="install this version of reasonrun there, or name another interpreter with launcher.python",
             )
+        return crash
+
+    def _without_room(self, slot: int, found: protocol.NoRoom) -> protocol.WorkerCrash:
+        """How the worker ended. Raises EnvironmentProblem unless it had room before and another worker goes on."""
+        if slot not in self.displaced or not any(worker.ready for worker in self.workers.values()):
+            raise EnvironmentProblem(found.message, hint=found.hint)
+        crash = self.workers.pop(slot).crash("found no other machine")
+        crash.displaced = crash.from_outside = True
         return crash
 
     def end(self, slot: int) -> None:

@@ -106,7 +106,7 @@ class GenerationPool(CrewOwner):
         self._load_missing()
 
     def load(self, checkpoint: Checkpoint, probe: Sequence[int] = ()) -> None:
-        """Have every worker answer with ``checkpoint``; returns when all have its weights in place.
+        """Have every worker answer with ``checkpoint``; returns when all that have a machine have its weights in place.
 
         Args:
             checkpoint: the policy.
@@ -115,7 +115,7 @@ class GenerationPool(CrewOwner):
         Raises WorkerCrash when a worker ends again and again while it loads.
         """
         self.prestart(checkpoint, probe)
-        while len(self._free_slots()) < len(self._crew.specs):
+        while not self._all_loaded():
             for slot, item in self._turn():
                 self._note_idle(slot, item)
 
@@ -244,7 +244,7 @@ class GenerationPool(CrewOwner):
             raise
 
     def _note_idle(self, slot: int, item: protocol.FromWorker | protocol.WorkerCrash) -> None:
-        if not isinstance(item, protocol.WorkerCrash):
+        if not isinstance(item, protocol.WorkerCrash) or item.displaced:
             return
         self._num_idle_crashes[slot] += not item.from_outside
         self._num_futile_crashes[slot, item.from_outside] += 1
@@ -268,6 +268,11 @@ class GenerationPool(CrewOwner):
     def _free_slots(self) -> list[int]:
         workers = self._crew.workers.items()
         return [slot for slot, w in workers if w.call is None and _same(w.loaded, self._checkpoint)]
+
+    def _all_loaded(self) -> bool:
+        free = set(self._free_slots())
+        # A worker that looks for another machine may find none for hours; the others need not wait for it.
+        return bool(free) and len(free | self._crew.displaced) == len(self._crew.specs)
 
     def _refuse_while_dispatching(self) -> None:
         if self._dispatching:

@@ -15,7 +15,7 @@ import psutil
 from reasonrun.errors import RunFailed
 from reasonrun.records import Checkpoint
 from reasonrun.workers import protocol
-from reasonrun.workers.spawning import WorkerSpec, spawn
+from reasonrun.workers.spawning import NODE_LOST, WorkerSpec, spawn
 
 _READ_BYTES = 1 << 20
 _TAIL_BYTES, _TAIL_LINES = 8192, 40
@@ -193,14 +193,16 @@ class WorkerProcess:
                 "lower the engine's batch size, the trainer's micro_batch_size or launcher.num_workers"
             )
         self.end()
-        reason = reason or _describe_exit(self.exit_code)
+        lost = bool(self.spec.through) and self.exit_code == NODE_LOST
+        reason = "lost its node" if lost else reason or _describe_exit(self.exit_code)
         return protocol.WorkerCrash(
             self.spec.name,
             reason,
             log_path=self.spec.log_path,
             log_tail=self.log_tail(),
             hint=hint,
-            from_outside=from_outside,
+            from_outside=from_outside or lost,
+            displaced=lost,
         )
 
     def log_tail(self) -> str:

@@ -32,10 +32,19 @@ class WorkerCrash(errors.RunFailed):
         log_path: the worker's log.
         log_tail: the last lines of that log since this process started.
         from_outside: what it was doing cannot have ended it.
+        displaced: the machine under it is gone, or has no room for it; ``from_outside``, too.
     """
 
     def __init__(
-        self, worker: str, reason: str, *, log_path: Path, log_tail: str, hint: str = "", from_outside: bool = False
+        self,
+        worker: str,
+        reason: str,
+        *,
+        log_path: Path,
+        log_tail: str,
+        hint: str = "",
+        from_outside: bool = False,
+        displaced: bool = False,
     ) -> None:
         indented = "\n".join(f"  | {line}" for line in log_tail.splitlines())
         message = f"worker {worker} {reason}; its log is {log_path}"
@@ -43,6 +52,7 @@ class WorkerCrash(errors.RunFailed):
         self.log_path = log_path
         self.log_tail = log_tail
         self.from_outside = from_outside
+        self.displaced = displaced
 
 
 class ProtocolError(Exception):
@@ -168,6 +178,14 @@ class Failed(WireRecord):
     evidence: dict[str, int | float] = Field(default_factory=dict)
 
 
+class NoRoom(WireRecord):
+    """No machine has room for the worker. Written by what carries it to one, which then ends."""
+
+    kind: Literal["no_room"] = "no_room"
+    message: str
+    hint: str = ""
+
+
 class Heartbeat(WireRecord):
     """``num_done`` counts tokens (generation) or trainer events (training) since the process started."""
 
@@ -177,7 +195,7 @@ class Heartbeat(WireRecord):
 
 
 ToWorker = Setup | Load | Sleep | Generate | Logprobs | Train | Exit
-FromWorker = Hello | Ready | Loaded | Slept | Generated | Scored | Event | Trained | Failed | Heartbeat
+FromWorker = Hello | Ready | Loaded | Slept | Generated | Scored | Event | Trained | Failed | NoRoom | Heartbeat
 _TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 

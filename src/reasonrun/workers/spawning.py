@@ -14,6 +14,8 @@ from pathlib import Path
 from reasonrun.errors import EnvironmentProblem
 from reasonrun.workers import protocol
 
+NODE_LOST = 69  # sysexits.h EX_UNAVAILABLE; what ``through`` ends with when the machine under the worker is gone
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
@@ -59,7 +61,7 @@ def spawn(spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], int]:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 bufsize=0,
-                env={**os.environ, "PYTHONPATH": _import_path(), **spec.env},
+                env={**os.environ, "PYTHONPATH": import_path(), **spec.env},
                 start_new_session=True,
             )
         except OSError as error:
@@ -72,7 +74,7 @@ def spawn(spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], int]:
         return process, log.tell()
 
 
-def _import_path() -> str:
+def import_path() -> str:
     """What this process added to its import path: a worker must find the same plug-ins, but keep its own packages."""
     own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     own |= {*site.getsitepackages(), site.getusersitepackages()}
