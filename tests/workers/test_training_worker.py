@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from worker_stubs import make_checkpoint
 
 from reasonrun.errors import Finding, OutOfMemory, Stopped
 from reasonrun.training import TrainJob
+from reasonrun.workers import crew
 from reasonrun.workers.pool import Limits, TrainingWorker
 from reasonrun.workers.protocol import WorkerCrash
 
@@ -135,3 +137,20 @@ def test_stop_ends_training_with_the_code_of_the_signal(worker_options: dict[str
         worker.train(make_job(num_steps=1000, seconds=0.05), events.append)
     assert caught.value.exit_code == 130
     assert len(events) < 20
+
+
+def test_what_a_trainer_reports_right_before_its_failure_arrives(
+    worker: TrainingWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both messages in one read, which takes a supervisor that was busy."""
+    events: list[dict[str, Any]] = []
+    exchange = crew.exchange
+
+    def late(workers: Any, seconds: float) -> None:
+        time.sleep(0.3)
+        exchange(workers, seconds)
+
+    monkeypatch.setattr(crew, "exchange", late)
+    with pytest.raises(Finding):
+        worker.train(make_job(crash_at=3, trouble="finding"), events.append)
+    assert steps_of(events, "log") == [1, 2]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from reasonrun.errors import EnvironmentProblem, Stopped
+from reasonrun.errors import EnvironmentProblem, ReasonrunError, Stopped
 from reasonrun.workers import protocol
 from reasonrun.workers.process import WorkerProcess, exchange
 from reasonrun.workers.spawning import WorkerSpec
@@ -48,6 +48,7 @@ class Crew:
         self.workers: dict[int, WorkerProcess] = {}
         self.displaced: set[int] = set()
         self._num_displacements: Counter[int] = Counter()
+        self._failure: ReasonrunError | None = None
         self.num_starts = 0
         self.start_seconds = 0.0
 
@@ -75,12 +76,19 @@ class Crew:
 
         Raises:
             Stopped: ``interrupted()`` is true; all workers are ended.
-            ReasonrunError: a worker raised it, or cannot run in its interpreter; all workers are ended.
+            ReasonrunError: a worker raised it, or cannot run in its interpreter; all workers are ended. What arrived before
+                is handed over first.
         """
         try:
             self._check_interrupted()
-            exchange(self.workers.values(), TURN_SECONDS)
-            return [item for slot, worker in list(self.workers.items()) for item in self._look_at(slot, worker)]
+            items: list[Item] = []
+            if self._failure is None:
+                exchange(self.workers.values(), TURN_SECONDS)
+                items = [item for slot, worker in list(self.workers.items()) for item in self._look_at(slot, worker)]
+            if self._failure is not None and not items:
+                failure, self._failure = self._failure, None
+                raise failure
+            return items
         except BaseException:
             self.end_all()
             raise
@@ -99,7 +107,8 @@ class Crew:
         for message in worker.receive():
             match message:
                 case protocol.Failed():
-                    raise protocol.rebuild_error(message)
+                    self._failure = self._failure or protocol.rebuild_error(message)
+                    return items
                 case protocol.NoRoom():
                     return [*items, (slot, self._without_room(slot, message))]
                 case protocol.Ready():
@@ -159,6 +168,7 @@ class Crew:
 
     def end_all(self) -> None:
         """End all workers at once."""
+        self._failure = None
         for slot in list(self.workers):
             self.end(slot)
 
