@@ -90,6 +90,7 @@ class Ray:
         self.settings = settings
         self.take_turns = settings.take_turns
         self._head: subprocess.Popen[bytes] | None = None
+        self._env: dict[str, str] = {}
         self._address = settings.address if settings.address not in (None, "local") else ""
 
     def generation(self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int]) -> GenerationPool:
@@ -106,6 +107,7 @@ class Ray:
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
             python=settings.python,
+            env=self._env,
             through=[
                 self._relay(
                     run_dir,
@@ -141,6 +143,7 @@ class Ray:
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
             python=settings.python,
+            env=self._env,
             through=self._relay(run_dir, resources, what="the training worker", fewer=fewer, index=0),
             limits=settings.limits(settings.train_stall_seconds, before_start_seconds=settings.place_seconds),
             interrupted=interrupted,
@@ -196,6 +199,7 @@ class Ray:
                 hint=found.get("hint", "`ray start --head` on this machine shows why"),
             )
         self._address = found["address"]
+        self._env = {"RAY_AUTH_MODE": found["auth_mode"]} if found["auth_mode"] else {}
 
 
 def _first_line(process: subprocess.Popen[bytes], interrupted: Callable[[], int]) -> bytes:
