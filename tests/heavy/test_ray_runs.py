@@ -37,7 +37,7 @@ preflight: "off"
 """
 GEN = ["launcher=ray", "launcher.resources={gen: 1}", "launcher.place_seconds=10"]
 ENV = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
     "PYTHONPATH": str(Path(reasonrun.__file__).parents[1]),
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -196,7 +196,8 @@ def test_killed_supervisor_leaves_nothing(cluster: Cluster, folder: Path, where:
         "cluster": [*GEN, f"launcher.address={cluster.address}", "launcher.num_workers=2"],
         "local": ["launcher=ray", "launcher.address=local"],  # a Ray that belongs to the run, and goes with it
     }
-    process, run_dir = start(folder, where, *overrides[where]), folder / where
+    run_dir = folder / f"killed-{where}"
+    process = start(folder, run_dir.name, *overrides[where])
     wait_until_sampling(run_dir)
     own_ray = [p for p in psutil.Process(process.pid).children(recursive=True) if "raylet" in " ".join(p.cmdline())]
     assert bool(own_ray) == (where == "local")

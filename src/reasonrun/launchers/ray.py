@@ -94,6 +94,7 @@ class Ray:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._head: subprocess.Popen[bytes] | None = None
+        self._env: dict[str, str] = {}
         self._address = settings.address if settings.address not in (None, "local") else ""
 
     @property
@@ -118,6 +119,7 @@ class Ray:
             record_worker=run_dir.record_worker,
             name=name,
             python=getattr(recipe.engine, "interpreter", None) or settings.python,
+            env=self._env,
             through=[
                 self._relay(
                     run_dir,
@@ -154,6 +156,7 @@ class Ray:
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
             python=settings.python,
+            env=self._env,
             through=self._relay(run_dir, resources, what="the training worker", fewer=fewer, index=0),
             limits=settings.limits(settings.train_stall_seconds, before_start_seconds=settings.place_seconds),
             interrupted=interrupted,
@@ -209,6 +212,7 @@ class Ray:
                 hint=found.get("hint", "`ray start --head` on this machine shows why"),
             )
         self._address = found["address"]
+        self._env = {"RAY_AUTH_MODE": found["auth_mode"]} if found["auth_mode"] else {}
 
 
 def _first_line(process: subprocess.Popen[bytes], interrupted: Callable[[], int]) -> bytes:

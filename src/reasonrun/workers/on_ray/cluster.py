@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from reasonrun.errors import EnvironmentProblem
@@ -18,7 +17,6 @@ _REACH_SECONDS = 5.0
 _NODE_SECONDS = 20.0  # Ray itself takes up to about 15 s to say that a node is gone
 _GRACE_SECONDS = 2.0  # a node that still answers so long after its actor died has not died with it
 _POLL_SECONDS = 0.2
-_TOKEN_PATH = Path("~/.ray/auth_token")
 _HINT_START = "`ray start --head` starts one on this machine; launcher.address=local has the run start its own"
 
 
@@ -44,12 +42,6 @@ def connect(address: str) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if (
-        any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        or _TOKEN_PATH.expanduser().exists()
-    ):
-        # A Ray that is started where a token exists demands it; one that joins has to be told to show it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -70,7 +62,8 @@ def connect(address: str) -> Any:
             ) from None
         raise EnvironmentProblem(
             f"{where} cannot be joined: {said}",
-            hint=f"this machine must be a node of the cluster: ray start --address={address or '<head>'}; {_HINT_START}",
+            hint=f"this machine must be a node of the cluster: ray start --address={address or '<head>'}; a cluster that "
+            f"demands a token needs RAY_AUTH_MODE=token here; {_HINT_START}",
         ) from None
     return ray
 

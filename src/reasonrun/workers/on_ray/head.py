@@ -27,7 +27,8 @@ def main() -> NoReturn:
     os.dup2(2, 1)
     try:
         ray = cluster.connect(sys.argv[1] if len(sys.argv) > 1 else "")
-        found = {"address": ray.get_runtime_context().gcs_address}
+        # Ray may have switched tokens on; who joins must do the same, and only then.
+        found = {"address": ray.get_runtime_context().gcs_address, "auth_mode": os.environ.get("RAY_AUTH_MODE", "")}
     except EnvironmentProblem as error:
         found = {"message": error.message, "hint": error.hint}
     os.write(output_fd, json.dumps(found).encode() + b"\n")
