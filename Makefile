@@ -23,7 +23,7 @@ test: install
 
 heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
-	$(BIN)/python -m pytest -m heavy tests/heavy
+	$(BIN)/python -m pytest -m heavy
 
 vllm: install $(VLLM)/.installed
 

@@ -26,7 +26,7 @@ from reasonrun.trainers.preference import Preference
 from reasonrun.trainers.sft import SFT
 from reasonrun.training import PreferenceSettings, SFTSettings, TrainJob
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all jobs
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]  # two processes for every job; the first test waits for all
 
 TRAINERS = {"sft": SFT, "preference": Preference, "policy_gradient": PolicyGradient}
 SHARDED = {"num_processes": 2, "sharding": "fsdp"}
@@ -159,7 +159,6 @@ def furthest(some: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
     return max(float((some[name].float() - other[name].float()).abs().max()) for name in some)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "carried", "preference"])
 def test_two_processes_with_half_a_model_each_learn_what_one_does(trained: Trained, kind: str) -> None:
     one, two = f"{kind}-one", f"{kind}-two"
@@ -171,7 +170,6 @@ def test_two_processes_with_half_a_model_each_learn_what_one_does(trained: Train
     assert furthest(trained.final(two), weights_of(trained.jobs[one].start.path)) > 2e-4
 
 
-@pytest.mark.slow
 def test_weights_gathered_in_bfloat16_learn_the_same_but_for_their_rounding(trained: Trained) -> None:
     losses = trained.losses("bfloat16-two")
     assert losses == pytest.approx(trained.losses("bfloat16-one"), rel=1e-2)
@@ -179,14 +177,12 @@ def test_weights_gathered_in_bfloat16_learn_the_same_but_for_their_rounding(trai
     assert furthest(trained.final("bfloat16-two"), trained.final("bfloat16-one")) <= 1e-3
 
 
-@pytest.mark.slow
 def test_gradients_summed_by_every_process_and_divided_ones_are_the_same(trained: Trained) -> None:
     assert trained.losses("sft-two") == pytest.approx(trained.losses("ddp"), abs=1e-5)
     assert furthest(trained.final("sft-two"), trained.final("ddp")) <= 1e-5
     assert furthest(trained.final("checkpointing"), trained.final("sft-two")) <= 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "preference", "lora"])
 def test_resuming_with_divided_state_is_exact(trained: Trained, kind: str) -> None:
     whole, again = f"{kind}-two", f"{kind}-resumed"
@@ -197,7 +193,6 @@ def test_resuming_with_divided_state_is_exact(trained: Trained, kind: str) -> No
         assert trained.output(again, path) == trained.output(whole, path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["on_policy", "on_policy_lora"])
 def test_a_divided_policy_samples_and_learns_what_a_whole_one_does(trained: Trained, kind: str) -> None:
     one, two = trained.jobs[f"{kind}-one"], trained.jobs[f"{kind}-two"]
@@ -213,7 +208,6 @@ def test_a_divided_policy_samples_and_learns_what_a_whole_one_does(trained: Trai
         assert {**mine_log, "num_padded_tokens": 0} == pytest.approx({**their_log, "num_padded_tokens": 0}, abs=1e-3)
 
 
-@pytest.mark.slow
 def test_what_is_left_is_an_ordinary_model_folder(trained: Trained) -> None:
     two, one = trained.jobs["carried-two"], trained.jobs["carried-one"]
     names = {path.name for path in (Path(two.out_dir) / "final").iterdir()}
@@ -224,7 +218,6 @@ def test_what_is_left_is_an_ordinary_model_folder(trained: Trained) -> None:
     engine.close()
 
 
-@pytest.mark.slow
 def test_a_poisoned_row_stops_all_processes_before_it_is_learnt_from(trained: Trained) -> None:
     *before, last = trained.events["poisoned"]
     assert last["error"] == "RunFailed" and "loss is not finite at optimizer step" in last["text"]
@@ -233,7 +226,6 @@ def test_a_poisoned_row_stops_all_processes_before_it_is_learnt_from(trained: Tr
     assert not (Path(trained.jobs["poisoned"].out_dir) / "final").exists()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_whole_weights_is_not_divided(trained: Trained) -> None:
     (said,) = trained.events["other"]
     assert said["error"] == RecipeError.__name__ and "made with launcher.sharding=none" in said["text"]

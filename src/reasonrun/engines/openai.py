@@ -36,7 +36,7 @@ class Served:
         """Recipe fields of ``engine: openai``."""
 
         name: Literal["openai"] = "openai"
-        url: str = setting(..., Effect.OPERATIONAL, "Base of the API, such as http://localhost:8000/v1.")
+        url: str = setting("http://localhost:8000/v1", Effect.OPERATIONAL, "Base of the API; vLLM's own unless given.")
         model: str = setting("", Effect.OPERATIONAL, "What the server calls the model; empty takes its first.")
         api_key_env: str | None = setting(
             None,
