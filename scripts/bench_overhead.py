@@ -1,4 +1,4 @@
-"""What a run costs beside its models: P4 over a whole STaR run, P9 from a kill to the first new completion.
+"""What a run costs beside its models: P4 over a whole STaR run, P9 from a kill to the first new token.
 
 python scripts/bench_overhead.py share     # P4
 python scripts/bench_overhead.py resume    # P9
@@ -116,12 +116,13 @@ def share() -> dict[str, Any]:
 
 
 def first_answer(directory: Path, recipe: list[str]) -> None:
-    """Run until the first completions of this attempt are there; print the seconds since this interpreter began."""
+    """Run until the first tokens of this attempt are there; print the seconds since this interpreter began."""
     note = WorkerProcess._note
 
     def timed(worker: WorkerProcess, message: protocol.FromWorker) -> None:
         note(worker, message)
-        if isinstance(message, protocol.Generated):
+        # Not the first unit: those of a resumed step and of a new run's first one differ in size. A heartbeat comes each second.
+        if isinstance(message, protocol.Generated) or (isinstance(message, protocol.Heartbeat) and message.num_done):
             print(time.time() - float(os.environ["BENCH_BEGAN"]), flush=True)
             os.killpg(0, signal.SIGKILL)
 
@@ -130,7 +131,7 @@ def first_answer(directory: Path, recipe: list[str]) -> None:
 
 
 def resume(recipe: list[str]) -> dict[str, Any]:
-    """P9: from the start of the command to its first new completions, in a new run and in one killed in round 2."""
+    """P9: from the start of the command to its first new tokens, in a new run and in one killed in round 2."""
     command = [sys.executable, __file__, "first"]
 
     def seconds(directory: Path) -> float:
