@@ -1,6 +1,6 @@
 """The performance aims, measured side by side: one JSON line per figure, appended to a file or printed.
 
-python scripts/bench.py                # all of them on the carried model
+python scripts/bench.py                # all of them; those of vLLM need `make vllm`
 python scripts/bench.py --only P5 P6
 """
 
@@ -81,7 +81,9 @@ def growth(sizes: list[int]) -> dict[str, Any]:
     return found
 
 
+VLLM = ["engine=vllm", "engine.enforce_eager=true"]
 MEASURES = {
+    "P1": lambda: script("bench_vllm.py", "throughput", "--model", "smollm2"),
     "P2": lambda: script("bench_generation.py", str(TINY)),
     "P3": lambda: script("bench_training.py"),
     "P3-pairs": lambda: script("bench_pairs.py"),
@@ -90,7 +92,10 @@ MEASURES = {
     "P6": lambda: growth([1_000, 10_000, 100_000, 1_000_000]),
     "P7": lambda: script("bench_grading.py"),
     "on-policy": lambda: script("bench_on_policy.py"),
+    "P8": lambda: script("bench_vllm.py", "turnaround", "--model", "smollm2"),
+    "P8-tiny": lambda: script("bench_vllm.py", "turnaround", "--model", "tiny"),
     "P9": lambda: script("bench_overhead.py", "resume"),
+    "P9-vllm": lambda: script("bench_overhead.py", "resume", "--recipe", "star_arith", *VLLM),
 }
 
 
