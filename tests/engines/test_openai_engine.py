@@ -110,6 +110,8 @@ def test_ids_go_in_and_come_out_with_a_seed_for_every_sample(server: Server) -> 
     assert rows[0].logps == (-0.5,) * len(IDS) and rows[0].text == RENDERER.decode(IDS)
     bodies = [body for _, body in server.posts]
     assert {body["seed"] for body in bodies} == {row_seed(11, i) >> 1 for i in range(3)}
+    neutral = {"repetition_penalty": 1.0, "min_p": 0.0, "stop_token_ids": list(RENDERER.eos_ids)}
+    assert all(neutral.items() <= body.items() for body in bodies)
     told = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0.7, "top_k": 5, "stop": ["+"], "model": "m"}
     assert all(told.items() <= body.items() for body in bodies)
     assert engine.num_tokens_made == 3 * len(IDS)

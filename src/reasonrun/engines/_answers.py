@@ -36,7 +36,8 @@ def finished(
     finish: FinishReason = "length" if cut_off else "stop"
     if isinstance(stop, str):
         finish = "stop_string"
-        text = text[: min(text.find(string) for string in request.sampling.stop if string in text)]
+        # A special token's own text is not part of ``text``.
+        text = text[: min((text.find(s) for s in request.sampling.stop if s in text), default=len(text))]
     return Completion(
         request=request.key,
         index=index,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 _MAX_SAID = 300
+# What a server would otherwise take from the model's generation_config.json.
+_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0}
 
 
 class Served:
@@ -179,7 +181,13 @@ class Served:
             seed=seed_of(request, index),
             stop=list(sampling.stop) or None,
             logprobs=0 if sampling.logprobs else None,
-            extra_body={"top_k": sampling.top_k, "return_token_ids": True, "add_special_tokens": False},
+            extra_body={
+                "top_k": sampling.top_k,
+                "stop_token_ids": list(self._loaded().eos_ids),
+                "return_token_ids": True,
+                "add_special_tokens": False,
+                **_NEUTRAL,
+            },
         )
         told = choice.model_extra or {}
         ids = told.get("token_ids")

@@ -198,7 +198,7 @@ class VLLM:
                 name = f"{request.key}-{index}"
                 waiting[name] = (request, index)
                 prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-                engine.add_request(name, prompt, _parameters(request, index), lora_request=self._adapter)
+                engine.add_request(name, prompt, _parameters(request, index, renderer), lora_request=self._adapter)
         try:
             for output in self._finished():
                 request, index = waiting.pop(output.request_id)
@@ -322,7 +322,7 @@ class VLLM:
         return self._engine, self._renderer
 
 
-def _parameters(request: Request, index: int) -> Any:
+def _parameters(request: Request, index: int, renderer: Renderer) -> Any:
     from vllm import SamplingParams
 
     sampling: Sampling = request.sampling
@@ -332,6 +332,7 @@ def _parameters(request: Request, index: int) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_new_tokens,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(renderer.eos_ids),  # vLLM alone would not know those of config.json
         seed=seed_of(request, index),
         logprobs=0 if sampling.logprobs else None,
         detokenize=bool(sampling.stop),
