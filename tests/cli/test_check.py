@@ -33,6 +33,7 @@ def reasonrun_main(*arguments: str, at_exit: str = "None") -> subprocess.Complet
 
 
 def test_a_valid_recipe_is_one_line_quickly_and_without_torch() -> None:
+    reasonrun_main("check", "star_arith", "engine=scripted")  # in a new installation modules are compiled once
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = reasonrun_main(
         "check", "star_arith", "engine=scripted", "seed=3",

@@ -402,7 +402,7 @@ def test_a_resumed_job_ends_at_the_same_bytes(tmp_path: Path, lora: Any, referen
     )  # what was remembered of the first half counts
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "problems": PROBLEMS[:4],

@@ -102,6 +102,7 @@ def test_resuming_is_exact(make_job: Any, start: Checkpoint, events: Events, lor
     assert result == expected
 
 
+@pytest.mark.heavy
 def test_two_processes_compute_the_same_step(make_job: Any, start: Checkpoint, events: Events) -> None:
     both = Events()
     Preference().train(make_job(random_pairs(8), out="one", num_steps=3, job={"reference": start}), events)

@@ -20,7 +20,7 @@ from reasonrun.trainers import launch
 from reasonrun.trainers.sft import SFT
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_two_processes_end_at_the_weights_of_one_and_resume(make_job: Any, events: Events, lora: Any) -> None:
     # Batches of three: the two processes get different numbers of rows and of forward passes.

@@ -282,7 +282,7 @@ def command(directory, models, fault=""):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_kill_inside_a_merge_leaves_the_bytes_of_a_clean_run(tmp_path, twin):
     models = f"{{twin: {{path: {twin}}}}}"
     clean = command(tmp_path / "clean", models)

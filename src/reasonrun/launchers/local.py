@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from reasonrun.errors import EnvironmentProblem, RecipeError
-from reasonrun.launchers._devices import check_devices
 from reasonrun.launchers.worker_settings import (
     RecipeParts,
     Residency,
@@ -152,6 +151,8 @@ class Local:
         """Once, before the first worker: afterwards it is our own workers that hold the devices."""
         if self._has_checked:
             return
+        from reasonrun.launchers._devices import check_devices
+
         by_variable = self.settings.devices == "auto" and "CUDA_VISIBLE_DEVICES" in os.environ
         check_devices(self._devices(), "CUDA_VISIBLE_DEVICES" if by_variable else "launcher.devices")
         self._has_checked = True
