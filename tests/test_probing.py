@@ -42,13 +42,25 @@ def test_other_weights_are_refused(logps: tuple[float, ...]) -> None:
 
 def test_weights_of_the_policy_before_are_named_within_the_tolerance() -> None:
     proof = Proof(policy="round-002/train", logps=(-1.0, -2.0), before="round-001/train", logps_before=(-1.05, -2.05))
+    proof.check_moved("generation-0", (-1.03, -2.02), (-1.04, -2.06))
+    with pytest.raises(RunFailed, match="still answers with the weights of round-001/train"):
+        proof.check_moved("generation-0", (-1.03, -2.02), (-1.03, -2.02))
     with pytest.raises(RunFailed, match="still answers with the weights of round-001/train"):
         proof.check("generation-0", (-1.049, -2.051))
     assert proof.check("generation-0", (-1.03, -2.02)) == pytest.approx(0.025)  # nearer to the new one
 
 
 def test_two_equal_policies_in_a_row_pass() -> None:
-    assert Proof(policy="b", logps=(-1.0,), before="a", logps_before=(-1.0,)).check("w", (-1.0,)) == 0
+    proof = Proof(policy="b", logps=(-1.0,), before="a", logps_before=(-1.0,))
+    assert proof.check("w", (-1.0,)) == 0
+    proof.check_moved("w", (-1.0,), (-1.0,))
+
+
+def test_two_policies_that_hardly_differ_are_not_told_apart() -> None:
+    """The engine is 3e-6 from the new one and 1e-6 from the one before: rounding of references, not stale weights."""
+    proof = Proof(policy="b", logps=(-1.000003,), before="a", logps_before=(-1.000001,))
+    assert proof.check("w", (-1.0,)) == pytest.approx(3e-6)
+    proof.check_moved("w", (-1.0,), (-1.0,))
 
 
 def test_mismatch_by_hand() -> None:

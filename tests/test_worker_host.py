@@ -11,7 +11,7 @@ import pytest
 
 from reasonrun.engines.hf import HuggingFace
 from reasonrun.engines.vllm import VLLM
-from reasonrun.errors import RunFailed
+from reasonrun.errors import EnvironmentProblem, RunFailed
 from reasonrun.generation import Completion, Request
 from reasonrun.models import resolve
 from reasonrun.probing import Proof, write_probe
@@ -74,8 +74,8 @@ class FakeLauncher:
     def __init__(self, settings: SimpleNamespace) -> None:
         self.residency, self.did, self.logps = settings.residency, settings.did, settings.logps
 
-    def generation(self, *, recipe: Any, run_dir: Any, interrupted: Any, name: str = "engine") -> FakePool:
-        return FakePool(name, self.did, self.logps)
+    def generation(self, *, recipe: Any, run_dir: Any, interrupted: Any, comparing: bool = False) -> FakePool:
+        return FakePool("comparing" if comparing else "engine", self.did, self.logps)
 
     def training(self, trainer: str, **kwargs: Any) -> FakePool:
         return FakePool("training", self.did, ())
@@ -191,3 +191,26 @@ def test_what_a_model_comes_to_is_asked_once_per_run(make_host: Make, tmp_path: 
         host.logprobs(TINY, [((1,), (2,))])
     assert not [line for line in did if line.startswith("comparing")]
     assert [path.name for path in (tmp_path / "run/derived/probes").iterdir()] == [f"{TINY.weights}.json"]
+
+
+def test_a_judge_that_no_trainer_made_waits_until_the_engine_has_left(make_host: Make, tmp_path: Path) -> None:
+    host, did = make_host("exit")
+    sample(host, TINY)
+    judge = TINY.model_copy(update={"weights": "judge", "step": "judge"})
+    sample(host, judge)
+    assert did.index("engine closes") < did.index("comparing loads judge") < did.index("engine loads judge")
+    train(host)  # both models' rollouts are compared, and policies that were are not taken again
+    assert [line for line in did if line == "comparing scores 4"] == ["comparing scores 4"] * 2
+
+
+def test_what_transformers_cannot_do_is_noted_and_stops_nothing(
+    make_host: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FakePool, checkpoint: Checkpoint, probe: Sequence[int] = ()) -> None:
+        if self.name == "comparing":
+            raise EnvironmentProblem("transformers does not know this model")
+
+    monkeypatch.setattr(FakePool, "load", refuse)
+    host, _ = make_host("resident")
+    assert len(sample(host, TINY)) == 4
+    assert host.observed()["not_compared"] == "transformers does not know this model"

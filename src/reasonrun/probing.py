@@ -21,8 +21,11 @@ _NUM_TOKENS = 48
 # A mean difference per token below which two models count as one. In float32 an engine differs from the trainer by 1e-5, in
 # bfloat16 by a few hundredths (docs/benchmarks.md); other weights differ by more, or the next rule tells them apart.
 TOLERANCE = 0.2
-# Another policy whose own difference is this many times the engine's is told from it for certain.
+# The engine stands nearer to the policy before than to the new one, by this factor ...
 _CLEARLY = 2.0
+# ... which means nothing where the two hardly differ: below this the references' own rounding decides.
+_TOLD_APART = 1e-3
+_SEEN_IN_BFLOAT16 = 1e-2
 
 
 def probe_ids(vocab_size: int) -> tuple[int, ...]:
@@ -61,6 +64,10 @@ class Proof:
     before: str = ""
     logps_before: tuple[float, ...] | None = None
 
+    @property
+    def _apart(self) -> float:
+        return 0.0 if self.logps_before is None else mean_difference(self.logps, self.logps_before)
+
     def check(self, worker: str, logps: Sequence[float]) -> float:
         """The mean absolute difference between the engine's log-probabilities and these.
 
@@ -69,9 +76,18 @@ class Proof:
         off = mean_difference(logps, self.logps)
         if not off <= TOLERANCE:  # not a number, too
             raise _other_weights(f"worker {worker} does not answer with the weights of {self.policy}", off)
-        if self.logps_before is not None and mean_difference(logps, self.logps_before) * _CLEARLY < off:
+        if self._apart > _TOLD_APART and mean_difference(logps, self.logps_before or ()) * _CLEARLY < off:
             raise _other_weights(f"worker {worker} still answers with the weights of {self.before}", off)
         return off
+
+    def check_moved(self, worker: str, logps: Sequence[float], engine_before: Sequence[float]) -> None:
+        """Compare with what the same worker's engine came to before: at any precision a reload that did nothing shows.
+
+        Raises RunFailed when nothing moved, although the two policies differ enough to be seen in bfloat16.
+        """
+        if self._apart > _SEEN_IN_BFLOAT16 and tuple(logps) == tuple(engine_before):
+            off = mean_difference(logps, self.logps)
+            raise _other_weights(f"worker {worker} still answers with the weights of {self.before}", off)
 
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reasonrun.engines.hf import HuggingFace
+from reasonrun.errors import ReasonrunError, Stopped
 from reasonrun.generation import Completion, Request
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.model_folder import ModelFolder
@@ -48,8 +49,8 @@ class WorkerHost:
         self._training: dict[TrainKind, TrainingWorker] = {}
         self._loaded = ""
         self._last_proof: Proof | None = None
-        self._compared = ""  # weights of the last policy whose rollouts were compared
-        self._sampled: tuple[Checkpoint, list[tuple[Request, Completion]]] | None = None  # not compared yet
+        self._compared: set[str] = set()  # weights of the policies whose rollouts were taken for comparison
+        self._sampled: list[tuple[Checkpoint, list[tuple[Request, Completion]]]] = []  # not compared yet
         self._num_ended_starts = 0
         self._observed: dict[str, Any] = {}
         self.unit_rows = int(recipe.engine.unit_rows)
@@ -59,14 +60,14 @@ class WorkerHost:
 
     def generate(self, checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[int, list[Completion]]]:
         pool = self._generating(checkpoint)
-        if self._is_transformers or self._compared == checkpoint.weights:
+        if self._is_transformers or checkpoint.weights in self._compared:
             yield from pool.generate(units)
             return
-        self._compared = checkpoint.weights
         compared = _Compared(units)
         yield from compared.taken_from(pool.generate(compared.units()))
         if compared.rollouts:
-            self._sampled = (checkpoint, compared.rollouts)
+            self._compared.add(checkpoint.weights)
+            self._sampled.append((checkpoint, compared.rollouts))
         if self._residency == "resident":
             self._compare()
 
@@ -100,8 +101,11 @@ class WorkerHost:
         return 1 if self._generation is None else self._generation.num_workers
 
     def close(self) -> None:
+        from reasonrun.workers.child_engine import remove_weights
+
         for pool in self._pools():
             pool.close()
+        remove_weights(self._run_dir.path)  # of an engine whose trainer was ended
 
     def _generating(self, checkpoint: Checkpoint) -> GenerationPool:
         """The generation workers, with ``checkpoint`` in place and proved."""
@@ -109,11 +113,12 @@ class WorkerHost:
             return self._generation
         with self._switch():
             self._end_training()
-            probe = probe_ids(_vocab_size(checkpoint))
-            own_probe = None if self._residency == "resident" else self._expected(checkpoint, probe)
+            probe = _probe_of(checkpoint)
+            is_resident = self._residency == "resident"
+            expected = None if is_resident else self._expected(checkpoint, probe)
             pool = self._started(checkpoint, probe)
-            # Beside a resident engine's start, which takes longer.
-            expected = own_probe or self._expected(checkpoint, probe)
+            if is_resident:  # beside the engine's start, which takes longer
+                expected = self._expected(checkpoint, probe)
             pool.load(checkpoint, probe)
             if expected is not None:
                 difference = pool.prove(self._proof(checkpoint, expected))
@@ -148,25 +153,36 @@ class WorkerHost:
     def _expected(self, checkpoint: Checkpoint, probe: Sequence[int]) -> tuple[float, ...] | None:
         """What the probe comes to under these weights; None where nobody but the engine itself could say."""
         by_trainer = read_probe(Path(checkpoint.path))
-        if by_trainer is not None or self._is_transformers:
+        if by_trainer is not None or self._is_transformers or not probe:
             return by_trainer
         cache = self._run_dir.path / "derived" / "probes" / f"{checkpoint.weights}.json"
         if cache.is_file():
             return tuple(json.loads(cache.read_text(encoding="utf-8")))
-        logps = self._by_transformers(checkpoint, [probe_pair(probe)])[0]
+        self._make_room()
+        scored = self._by_transformers(checkpoint, [probe_pair(probe)])
+        if scored is None:
+            return None
+        logps = scored[0]
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".partial")
         partial.write_text(json.dumps(logps), encoding="utf-8")
         partial.rename(cache)
         return tuple(logps)
 
-    def _by_transformers(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]]:
+    def _by_transformers(self, checkpoint: Checkpoint, sequences: Sequence[TokenPair]) -> list[list[float]] | None:
+        """What transformers gives these tokens; None where it cannot, which is noted: it looks on, and decides nothing."""
         if self._comparer is None:
             self._comparer = self._launcher.generation(
-                recipe=_Transformers(), run_dir=self._run_dir, interrupted=self._interrupted, name="comparing"
+                recipe=_Transformers(), run_dir=self._run_dir, interrupted=self._interrupted, comparing=True
             )
-        self._comparer.load(checkpoint)
-        logps = self._comparer.logprobs(sequences)
+        logps: list[list[float]] | None = None
+        try:
+            self._comparer.load(checkpoint)
+            logps = self._comparer.logprobs(sequences)
+        except Stopped:
+            raise
+        except ReasonrunError as error:
+            self._observed["not_compared"] = error.message
         if self._residency != "resident":
             self._num_ended_starts += self._comparer.num_starts
             self._comparer.close()
@@ -175,29 +191,33 @@ class WorkerHost:
 
     def _compare(self) -> None:
         """Score the rollouts that were kept for it by transformers."""
-        if self._sampled is None:
-            return
-        checkpoint, rollouts = self._sampled
-        self._sampled = None
-        rollouts = [(request, completion) for request, completion in rollouts if completion.logps]
-        sequences = [(request.prompt_ids, completion.token_ids) for request, completion in rollouts]
-        theirs = self._by_transformers(checkpoint, sequences) if sequences else []
-        found = mismatch([completion.logps or () for _, completion in rollouts], theirs)
-        self._observed["mismatch"] = {"policy": checkpoint.step or checkpoint.path, **found}
+        waiting, self._sampled = self._sampled, []
+        for checkpoint, rollouts in waiting:
+            rollouts = [(request, completion) for request, completion in rollouts if completion.logps]
+            sequences = [(request.prompt_ids, completion.token_ids) for request, completion in rollouts]
+            theirs = self._by_transformers(checkpoint, sequences) if sequences else None
+            if theirs is not None:
+                found = mismatch([completion.logps or () for _, completion in rollouts], theirs)
+                self._observed["mismatch"] = {"policy": checkpoint.step or checkpoint.path, **found}
 
     def _leave_to_training(self) -> None:
         """Give the devices to the trainer, as the residency says."""
-        if self._residency == "resident" or self._generation is None:
+        if self._generation is not None and self._residency != "resident":
+            with self._switch():
+                self._make_room()
+                self._compare()
+
+    def _make_room(self) -> None:
+        """Have the engine leave the devices, as the residency says."""
+        if self._residency == "resident" or self._generation is None or not self._loaded:
             return
-        with self._switch():
-            if self._residency == "sleep":
-                self._generation.sleep()
-            else:
-                self._num_ended_starts += self._generation.num_starts
-                self._generation.close()
-                self._generation = None
-            self._loaded = ""
-        self._compare()
+        if self._residency == "sleep":
+            self._generation.sleep()
+        else:
+            self._num_ended_starts += self._generation.num_starts
+            self._generation.close()
+            self._generation = None
+        self._loaded = ""
 
     def _end_training(self) -> None:
         if self._residency == "resident":
@@ -273,6 +293,8 @@ class _Compared:
         return completion if request.sampling.logprobs else completion.model_copy(update={"logps": None})
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int:
+def _probe_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The probe's tokens; none for a model whose configuration does not say how many there are."""
     config = ModelFolder(Path(checkpoint.path)).config
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return probe_ids(int(size)) if size else ()

@@ -104,7 +104,7 @@ def perturbed(folder: Path, scale: float, *, tied: bool = True) -> Checkpoint:
         for parameter in model.parameters():
             parameter.mul_(1 + scale * torch.randn_like(parameter))
     shutil.rmtree(folder, ignore_errors=True)
-    write_model(model, Path(TINY.path), folder, _probe_logps(model))
+    write_model(model, Path(TINY.path), folder, _probe_logps(model, model.dtype))
     (folder / "config.json").write_text(model.config.to_json_string())
     return TINY.model_copy(update={"path": str(folder), "weights": weights_digest(folder), "step": folder.name})
 

@@ -8,7 +8,7 @@ from typing import Any
 from on_policy_jobs import experience, make_job, train
 
 from reasonrun.engines.hf import HuggingFace
-from reasonrun.workers.child_engine import ChildEngine
+from reasonrun.workers.child_engine import ChildEngine, remove_weights
 
 
 class Apart(HuggingFace):
@@ -36,3 +36,12 @@ def test_weights_reach_a_child_and_its_rollouts_are_those_of_the_engine_inside(
     assert one.metrics["loss"] == two.metrics["loss"]
     assert len(folders) == 2 and not folders[0].exists()
     assert (tmp_path / "apart/logs/engine-0.log").is_file()
+
+
+def test_weights_of_a_trainer_that_was_ended_are_removed(tmp_path: Path) -> None:
+    engine = ChildEngine("no.Engine", HuggingFace.Settings(), tmp_path / "run/attempts/1/train/x")
+    engine._folder.mkdir()
+    remove_weights(tmp_path / "other")
+    assert engine._folder.exists()
+    remove_weights(tmp_path / "run")
+    assert not engine._folder.exists()

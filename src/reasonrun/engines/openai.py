@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 _MAX_SAID = 300
 # What a server would otherwise take from the model's generation_config.json.
-_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0}
+_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Served:
@@ -70,7 +70,7 @@ class Served:
         self._weights = ""
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Have the server answer with ``checkpoint``. Of the first one it is believed to have the weights; the proof tells.
+        """Have the server answer with ``checkpoint``; without ``reload`` it is believed to have the first one's weights.
 
         Raises:
             EnvironmentProblem: the package or the key is missing, the server is not there or does not know the model.
@@ -79,7 +79,8 @@ class Served:
         renderer = Renderer.load(checkpoint.path)
         if self._client is None:
             self._connect(renderer.context_length)
-        if (self._weights and self._weights != checkpoint.weights) or checkpoint.step:
+        # A server may still have what an earlier attempt, or another run, had it read.
+        if self._weights != checkpoint.weights and (self.settings.reload or self._weights or checkpoint.step):
             self._reload(checkpoint)
         self._renderer, self._weights = renderer, checkpoint.weights
 
@@ -113,7 +114,8 @@ class Served:
         """
         renderer = self._loaded()
         for prompt_ids, completion_ids in sequences:
-            check_length(len(prompt_ids), len(completion_ids), renderer, self._max_model_len)
+            # A server scores while it makes another token.
+            check_length(len(prompt_ids), len(completion_ids) + 1, renderer, self._max_model_len)
         asked = ((number, *pair) for number, pair in enumerate(sequences) if pair[1])
         found = dict(self._in_parallel(self._score, asked))
         return [found.get(number, []) for number in range(len(sequences))]

@@ -220,7 +220,7 @@ class VLLM:
 
         scored: list[list[float]] = [[] for _ in sequences]
         for number, (prompt_ids, completion_ids) in enumerate(sequences):
-            self._check_length(len(prompt_ids), len(completion_ids))
+            self._check_length(len(prompt_ids), len(completion_ids) + 1)  # vLLM scores while it makes another token
             if completion_ids:
                 prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *completion_ids])
                 # A cached prefix would have no log-probabilities.
@@ -297,7 +297,7 @@ class VLLM:
         return {
             "model": path,
             "tokenizer": path,
-            "dtype": ("auto" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
+            "dtype": ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
             "seed": 0,
             "max_model_len": settings.max_model_len or None,
             "gpu_memory_utilization": settings.gpu_memory_utilization,

@@ -122,11 +122,13 @@ command=({command}){once}
 
 # Slurm signals this shell before the time limit and when the job must make room. The run stops at its next boundary then,
 # with status 75, and goes on when the job starts again.
-"${{command[@]}}" &
-pid=$!
+pid=
 stopping=
 signalled=1
-trap 'stopping=1; signalled=1; kill -TERM "$pid" 2>/dev/null' TERM
+trap 'stopping=1; signalled=1; [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null' TERM
+"${{command[@]}}" &
+pid=$!
+[ -z "$stopping" ] || kill -TERM "$pid" 2>/dev/null
 while [ "$signalled" ]; do
   signalled=
   wait "$pid"

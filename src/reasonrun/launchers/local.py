@@ -72,9 +72,9 @@ class Local:
         return residency_of(self.settings, on_gpus=bool(self._devices()))
 
     def generation(
-        self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], name: str = "generation"
+        self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], comparing: bool = False
     ) -> GenerationPool:
-        """The pool for the recipe's engine, whose workers are called ``name``; no process is started yet.
+        """The pool for the recipe's engine; no process is started yet. For ``comparing`` it is one worker, on this machine.
 
         Raises EnvironmentProblem as ``check_devices`` does.
         """
@@ -85,13 +85,13 @@ class Local:
         return GenerationPool(
             dotted_path(recipe.classes["engine"]),
             recipe.engine.model_dump_json(),
-            num_workers=placement.num_workers,
+            num_workers=1 if comparing else placement.num_workers,
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
-            name=name,
+            name="comparing" if comparing else "generation",
             python=getattr(recipe.engine, "interpreter", None) or self.settings.python,
-            device_env=placement.device_env,
-            through=placement.through or None,
+            device_env=placement.device_env[:1] if comparing else placement.device_env,
+            through=None if comparing else placement.through or None,
             limits=self.settings.limits(self.settings.stall_seconds),
             interrupted=interrupted,
         )

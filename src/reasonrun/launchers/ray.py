@@ -103,32 +103,36 @@ class Ray:
         return residency_of(self.settings, on_gpus=self.settings.gpus_per_worker + self.settings.training_gpus > 0)
 
     def generation(
-        self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], name: str = "generation"
+        self, *, recipe: RecipeParts, run_dir: RunPlace, interrupted: Callable[[], int], comparing: bool = False
     ) -> GenerationPool:
-        """The pool for the recipe's engine; no worker is started yet. Raises EnvironmentProblem without Ray."""
+        """The pool for the recipe's engine; no worker is started yet. For ``comparing`` it is one worker.
+
+        Raises EnvironmentProblem without Ray.
+        """
         from reasonrun.workers.pool import GenerationPool
 
         settings = self.settings
+        num_workers = 1 if comparing else settings.num_workers
         self._find_cluster(run_dir, interrupted)
         resources = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker, **settings.resources}
         return GenerationPool(
             dotted_path(recipe.classes["engine"]),
             recipe.engine.model_dump_json(),
-            num_workers=settings.num_workers,
+            num_workers=num_workers,
             attempt_dir=run_dir.attempt_dir,
             record_worker=run_dir.record_worker,
-            name=name,
+            name="comparing" if comparing else "generation",
             python=getattr(recipe.engine, "interpreter", None) or settings.python,
             env=self._env,
             through=[
                 self._relay(
                     run_dir,
                     resources,
-                    what=f"generation worker {index + 1} of {settings.num_workers}",
+                    what=f"generation worker {index + 1} of {num_workers}",
                     fewer="launcher.num_workers, cpus_per_worker, gpus_per_worker, resources",
                     index=index,
                 )
-                for index in range(settings.num_workers)
+                for index in range(num_workers)
             ],
             limits=settings.limits(settings.stall_seconds, before_start_seconds=settings.place_seconds),
             interrupted=interrupted,

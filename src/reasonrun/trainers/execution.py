@@ -276,23 +276,35 @@ def _write_outputs(
         model.save_pretrained(staged)
         commit_folder(staged, out_dir / "adapter")
         model = model.float().merge_and_unload()
-    model = model.to(stored_dtype)
-    write_model(model, Path(job.start.path), out_dir / "final", _probe_logps(model))
+    _cast(model, stored_dtype)
+    probe_logps = _probe_logps(model, stored_dtype)
+    write_model(model.to(stored_dtype), Path(job.start.path), out_dir / "final", probe_logps)
 
 
-def _probe_logps(model: Any) -> list[float]:
-    """Log-probabilities of the probe under the weights as they are stored, by which an engine proves that it has them."""
+def _probe_logps(model: Any, stored_dtype: torch.dtype) -> list[float]:
+    """Log-probabilities of the probe under the weights as they are stored, by which an engine proves that it has them.
+
+    The weights have ``stored_dtype`` before and after; buffers, such as the frequencies of positions, keep theirs.
+    """
     ids = torch.tensor([probe_ids(model.config.get_text_config().vocab_size)], device=model.device)
-    stored_dtype = model.dtype
     # Stored weights, exact arithmetic: what every engine approximates. A large model would not fit a second time.
-    if model.num_parameters() < _EXACT_PARAMETERS:
-        model.float()
+    exact = model.num_parameters() < _EXACT_PARAMETERS
+    if exact:
+        _cast(model, torch.float32)
     model.eval()
-    with torch.inference_mode():
-        logits_TV = model(input_ids=ids).logits[0, :-1].float()
+    # Training in mixed precision has wrapped the model's forward pass; this one is in the dtype of the weights.
+    forward = getattr(model, "_original_forward", model.forward)
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        logits_TV = forward(input_ids=ids).logits[0, :-1].float()
         logps_T = logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    model.to(stored_dtype)
+    if exact:
+        _cast(model, stored_dtype)
     return [float(logp) for logp in logps_T]
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -42,11 +43,10 @@ class ChildEngine:
         )
         self._start: Checkpoint | None = None
         self._num_updates = 0
-        root = _MEMORY if os.access(_MEMORY, os.W_OK) else out_dir
-        # Of the run and not of the attempt: what a killed one left in memory is overwritten by the next.
-        run = str(out_dir.resolve()).partition("/attempts/")[0]
-        name = f"{run} {os.environ.get('LOCAL_RANK', '0')}"
-        self._folder = root / f"reasonrun-weights-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        self._out_dir = out_dir
+        run = Path(str(out_dir.resolve()).partition("/attempts/")[0])
+        self._name = f"{_prefix(run)}{os.environ.get('LOCAL_RANK', '0')}"
+        self._folder = _MEMORY / self._name
 
     @property
     def num_tokens_made(self) -> int:
@@ -55,8 +55,8 @@ class ChildEngine:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Start the child, with ``checkpoint`` in place."""
-        self._start = checkpoint
-        self._pool.load(checkpoint)
+        self._start = checkpoint.model_copy(update={"adapter": None})  # what is pushed comes merged
+        self._pool.load(self._start)
 
     def update(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Give the child these tensors by their names in a checkpoint, in the dtype of the model it was started with."""
@@ -66,15 +66,17 @@ class ChildEngine:
         assert self._start is not None
         config = ModelFolder(Path(self._start.path)).config
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700)
-        copy_all_but_weights(Path(self._start.path), self._folder)
         seen: set[int] = set()
         tensors = {}
         for name, tensor in weights:
             if tensor.data_ptr() not in seen:  # a tied output layer is stored once, as the embedding
                 seen.add(tensor.data_ptr())
                 tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = _with_room(sum(tensor.nbytes for tensor in tensors.values()), self._out_dir) / self._name
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        copy_all_but_weights(Path(self._start.path), self._folder)
         save_file(tensors, self._folder / "model.safetensors")
         del tensors
         self._num_updates += 1
@@ -98,6 +100,24 @@ class ChildEngine:
         """End the child, and free the memory of the weights."""
         self._pool.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def remove_weights(run_path: Path) -> None:
+    """Free the memory that trainers of this run, which were ended, have left their weights in."""
+    for folder in _MEMORY.glob(f"{_prefix(run_path)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(run_path: Path) -> str:
+    return f"reasonrun-weights-{hashlib.sha256(str(run_path.resolve()).encode()).hexdigest()[:16]}-"
+
+
+def _with_room(num_bytes: int, otherwise: Path) -> Path:
+    """Memory, where it is offered as files and large enough: containers often have 64 MB."""
+    with contextlib.suppress(OSError):
+        if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 1.1 * num_bytes:
+            return _MEMORY
+    return otherwise
 
 
 def _own_device() -> dict[str, str]:

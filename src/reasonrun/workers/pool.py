@@ -80,6 +80,7 @@ class GenerationPool(CrewOwner):
         self._probe: tuple[int, ...] = ()
         self._proof: Proof | None = None
         self._probed: dict[int, tuple[float, ...]] = {}  # by slot, of the model that is there
+        self._probed_before: dict[int, tuple[float, ...]] = {}  # of the one before
         self._num_calls = 0
         self._dispatching = False
         # By slot: crashes in units; its own ones while idle since its last load; and, from outside or not, since any answer.
@@ -100,6 +101,7 @@ class GenerationPool(CrewOwner):
         if checkpoint is not None:
             if not _same(self._checkpoint, checkpoint):
                 self._proof = None
+                self._probed_before = {**self._probed_before, **self._probed}
                 self._probed.clear()
             self._checkpoint, self._probe = checkpoint, tuple(probe)
         self._crew.start_missing()
@@ -238,7 +240,11 @@ class GenerationPool(CrewOwner):
     def _check_probe(self, slot: int) -> float:
         assert self._proof is not None
         try:
-            return self._proof.check(self._crew.specs[slot].name, self._probed[slot])
+            name, logps = self._crew.specs[slot].name, self._probed[slot]
+            difference = self._proof.check(name, logps)
+            if slot in self._probed_before:
+                self._proof.check_moved(name, logps, self._probed_before[slot])
+            return difference
         except RunFailed:
             self._crew.end_all()
             raise
