@@ -44,8 +44,8 @@ def test_a_valid_recipe_is_one_line_quickly_and_without_torch() -> None:
     assert done.stdout.startswith("OK ")
     assert done.stdout.endswith(": method star, task arith, engine scripted, model tiny, launcher local, seed 3\n")
     assert done.stderr == "[]\n"
-    # CPU seconds of the whole process: a busy machine must not fail this
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    # CPU seconds of the whole process, about 0.75 on an idle machine: a busy one must not fail this
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 def test_mistakes_end_with_exit_code_2_and_no_traceback() -> None:
