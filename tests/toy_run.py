@@ -50,9 +50,11 @@ def toy_run(
         return run.finished
 
 
-def toy_dir(path: Path, files: Files, identity: dict[str, Any], conditions: str = "toy") -> RunDir:
+def toy_dir(
+    path: Path, files: Files, identity: dict[str, Any], conditions: str = "toy", *, reopen: bool = False
+) -> RunDir:
     attempt = {CONDITIONS: {"other": conditions}}
-    return RunDir.open(path, identity=identity, command="toy", files=files, attempt=attempt)
+    return RunDir.open(path, identity=identity, command="toy", files=files, attempt=attempt, reopen=reopen)
 
 
 def shared_step(run: RunDir, donors: Sequence[Path]) -> Committed:
