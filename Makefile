@@ -24,6 +24,9 @@ test: install
 attack: install
 	$(BIN)/python -m pytest -m attack tests/attack
 
+attack-nightly: attack
+	$(BIN)/python scripts/kill_loop.py --kills 5000 --seed $$(date +%Y%m%d)
+
 heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
 	$(BIN)/python -m pytest -m heavy

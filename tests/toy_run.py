@@ -1,7 +1,9 @@
 """A small durable run, and a server that forks it: what the kill tests kill.
 
 ``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``log``, ``kill_after_units``,
-``kill_seconds``, ``donors``, ``deadline_seconds``, ``hushed``), runs the toy in a forked child, which saves the imports, and answers with how the child ended.
+``kill_seconds``, ``donors``, ``deadline_seconds``, ``hushed``, ``traced``, ``max_file_bytes``), runs the toy in a forked
+child, which saves the imports, and answers with how the child ended. A ``traced`` child flushes for real, stops before it
+begins, and its pid is a line of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -127,8 +130,13 @@ def _write_model(folder: Path, state: int) -> Path:
     return folder
 
 
-def _child(order: dict[str, Any]) -> None:
+def _child(order: dict[str, Any], fsync: Callable[[int], None]) -> None:
     os.environ["REASONRUN_FAULT"] = order.get("fault", "")
+    if "max_file_bytes" in order:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["max_file_bytes"], resource.RLIM_INFINITY))
+    if order.get("traced"):
+        os.fsync = fsync
+        os.kill(os.getpid(), signal.SIGSTOP)
     log = open(order["log"], "a", encoding="utf-8", buffering=1) if "log" in order else None  # noqa: SIM115
     num_computed = 0
 
@@ -145,17 +153,20 @@ def _child(order: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
+    fsync = os.fsync
     os.fsync = lambda descriptor: None  # kill -9 loses nothing that was written; flushing takes most of the time
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             try:
-                _child(json.loads(line))
+                _child(json.loads(line), fsync)
             except BaseException:
                 if not json.loads(line).get("hushed"):
                     traceback.print_exc()
                 os._exit(1)
             os._exit(0)
+        if json.loads(line).get("traced"):
+            print(pid, flush=True)
         print(os.waitstatus_to_exitcode(_wait(pid, json.loads(line))), flush=True)
 
 

@@ -26,9 +26,21 @@ class ToyServer:
 
     def run(self, path: Path, **order: Any) -> int:
         """Exit code of one run of the toy; minus the signal's number when it was killed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"run": str(path), **order}) + "\n")
         self._process.stdin.flush()
+        return self.wait()
+
+    def start_stopped(self, path: Path, **order: Any) -> int:
+        """Begin a run that waits for SIGCONT; its pid. ``wait`` gives the exit code."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"run": str(path), "traced": True, **order}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        """Exit code of the run that was started."""
+        assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
     def close(self) -> None:

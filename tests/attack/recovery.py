@@ -156,7 +156,7 @@ class Judge:
         root.mkdir()
         state.write(root)
         claims = recording.claims(state)
-        found = [*self._half_written(root / "run", claims), *self._lost(root / "run", claims)]
+        found = [*self.half_written(root / "run", claims), *self._lost(root / "run", claims)]
         computed: list[int] = []
         try:
             result = self._run(root, computed)
@@ -178,7 +178,7 @@ class Judge:
             self.breakage(monkeypatch)
             return toy_run(root / "run", num_units=NUM_UNITS, files=Files(Faults()), on_compute=computed.append)
 
-    def _half_written(self, run: Path, claims: Sequence[Claim]) -> Iterator[str]:
+    def half_written(self, run: Path, claims: Sequence[Claim]) -> Iterator[str]:
         """Whatever has a final name has its final content."""
         checkpoints = {number: files for kind, what in _pairs(claims, "checkpoint") for number, files in [what]}
         for name, content in final_bytes(run).items():
