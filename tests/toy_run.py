@@ -27,7 +27,7 @@ from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed
-from reasonrun.records import Score
+from reasonrun.records import Score, digest
 from reasonrun.sets import Rows
 
 ROWS_PER_UNIT = 3
@@ -50,8 +50,11 @@ def toy_run(
         shared_step(run, donors)
         sampled = _sample(run, num_units, on_compute)
         trained = _train(run, sampled, path, on_compute)
-        rows = Rows.load(Score, sampled.table_paths(), path / "derived")
-        run.write_projection("metrics.jsonl", [{"step": trained.name, "mean": sum(rows.column("value")) / len(rows)}])
+        digests = [sampled.seal.files[shard.name].sha256 for shard in sampled.table_paths()]
+        rows = Rows.load(Score, sampled.table_paths(), path / "derived", digests=digests)
+        run.write_projection(
+            "metrics.jsonl", [{"step": trained.name, "rows": digest([row.model_dump() for row in rows])}]
+        )
         run.finish({"model": trained.digest, "num_rows": len(rows)})
         return run.finished
 

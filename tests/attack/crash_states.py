@@ -11,7 +11,7 @@ The model, deliberately weaker than what ext4 (data=ordered) and xfs give, so th
   change never survives without the earlier changes of the same names, and that a rename is one change: no moment shows
   both names or neither, in one folder or between two, and it is durable only when both folders are flushed.
 - The device keeps what it reported as flushed, and does not change bytes that nobody writes. Freed blocks never show
-  through as foreign bytes. Sizes and modification times follow the bytes.
+  through as foreign bytes. The modification time of a file may be on disk without its bytes.
 
 A kill without loss of power is the state in which nothing is lost.
 """
@@ -203,6 +203,8 @@ def _lost_bytes(
         return
     yield moment.state(spoil=_nothing, how="no loose byte survives")
     yield moment.state(spoil=_zeroed, how="all loose bytes read as NUL")
+    for number, _ in moment.loose_writes[-3:]:
+        yield moment.state(spoil=_only(number, _hollow), how=f"the middle of write {number} reads as NUL")
     number, last = moment.loose_writes[-1]
     yield moment.state(spoil=_only(number, _zeroed), how="the last write reads as NUL")
     if len(moment.loose_writes) > 1:
@@ -235,7 +237,7 @@ def _mixed(moment: Moment, rng: random.Random) -> Iterator[CrashState]:
         return
     for _ in range(2):
         lost = frozenset(number for number, _ in moment.loose_names if rng.random() < 0.5)
-        fates = {number: rng.choice([_whole, _nothing, _zeroed, _half]) for number, _ in moment.loose_writes}
+        fates = {number: rng.choice([_whole, _nothing, _zeroed, _half, _hollow]) for number, _ in moment.loose_writes}
         yield moment.state(lost, lambda number, write, fates=fates: fates[number](number, write), how="mixed losses")
 
 
@@ -256,6 +258,14 @@ def _zeroed(number: int, write: Data) -> Data | None:
 
 def _half(number: int, write: Data) -> Data | None:
     return _torn(len(write.data or b"") // 2)(number, write)
+
+
+def _hollow(number: int, write: Data) -> Data | None:
+    """A part in the middle reads as NUL: begin and end, by which formats recognise themselves, are there."""
+    if write.data is None:
+        return write
+    start, stop = (len(write.data) * tenths // 10 for tenths in (6, 8))
+    return Data(write.inode, write.offset, write.data[:start] + bytes(stop - start) + write.data[stop:])
 
 
 def _only(chosen: int, spoil: Spoil) -> Spoil:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from reasonrun.ledger import seals, steps, tables, wal
-from reasonrun.ledger.attempts import settle_names
 from reasonrun.ledger.files import AppendFile, FileEntry, Files, NewFile, decode_json
 from reasonrun.ledger.seals import OK_NAME
 from reasonrun.ledger.steps import OpenStep
@@ -193,9 +193,14 @@ def scratch_removed_unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"reasonrun.ledger.{module}.tidy", tidy)
 
 
+def cache_unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note of a cache of rows vouches for bytes that may not be on disk."""
+    calls = {name: getattr(os, name) for name in ("fspath", "path", "replace", "getpid")}
+    monkeypatch.setattr("reasonrun.sets.os", SimpleNamespace(**calls, fsync=lambda descriptor: None))
+
+
 def names_of_the_dead_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt builds on names that a killed one left in memory."""
-    assert settle_names
     monkeypatch.setattr("reasonrun.ledger.attempts.settle_names", lambda run_path, files: None)
 
 
@@ -215,5 +220,6 @@ BEFORE_POWER_LOSS = (
     checkpoint_copied_under_its_name,
     seal_unchecked,
     scratch_removed_unflushed,
+    cache_unflushed,
 )
 """Mistakes that one loss of power shows."""

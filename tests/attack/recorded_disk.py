@@ -270,8 +270,14 @@ class RecordedDisk:
 
     def _io_open(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         """What workers write with ``open``: the same calls, with Python's own buffers above them."""
-        if isinstance(file, int) or not set(mode) & set("wxa+") or self._parts(file) is None:
+        parts = self._parts(file)
+        if parts is None:
             return self._real_io_open(file, mode, *args, **options)
+        if not set(mode) & set("wxa+"):
+            reader = self._real_io_open(file, mode, *args, **options)
+            self._written_elsewhere(parts)
+            self._opened[reader.fileno()] = self._inode(parts)
+            return reader
         assert mode in ("w", "wb", "a", "ab"), mode
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if "a" in mode else os.O_TRUNC)
         raw = io.BufferedWriter(_Raw(os.open(file, flags, 0o666)))
