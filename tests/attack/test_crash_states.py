@@ -20,6 +20,8 @@ from toy_run import toy_dir
 pytestmark = pytest.mark.attack
 
 SEED = 0
+NUM_LOSSY = 3000
+"""Losses of power that are recovered, drawn from some 4,500; every kill is."""
 PROMISES = ("G2", "G3", "G4", "G5", "G6")
 Counted = Callable[[str, str, int], None]
 
@@ -48,7 +50,8 @@ def test_every_state_that_a_crash_may_leave_is_recovered(
     undisturbed: Recording, judge: Judge, counted: Counted
 ) -> None:
     states = distinct_states(undisturbed, SEED, is_log)
-    assert len(states) >= 2000
+    lossy = [state for state in states if not state.is_kill]
+    states = [*(state for state in states if state.is_kill), *random.Random(SEED).sample(lossy, NUM_LOSSY)]
     assert not (found := broken(judge, undisturbed, states)), "\n".join(found)
     for promise in PROMISES:
         counted(promise, "crash states", len(states))
