@@ -1,9 +1,12 @@
-"""Kill a run again and again at random moments and compare what it ends with, byte for byte, with an undisturbed run.
+"""Kill runs again and again at random moments and compare what they end with, byte for byte, with an undisturbed run.
 
     python scripts/kill_loop.py --kills 200 --seed 0
+    python scripts/kill_loop.py --only 0:17              # the moments of one run once more
 
 The supervisor runs the recipe on the scripted engine in a forked child, which is killed with SIGKILL after a random
-time; then the same run continues in the next child. Prints one JSON line; exits 1 when a byte differs.
+time: its whole process group, the supervisor alone, or a child of it where it has one. One kill in five comes while the
+attempt is still recovering. Then the same run continues in the next child. Every run has a seed of its own, printed when
+it differs. Prints one JSON line; exits 1 when a byte differs.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.recipe import load
@@ -54,49 +62,78 @@ def start(directory: Path) -> int:
         os._exit(status)
 
 
+@dataclass
+class Tally:
+    """What was done so far."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
+    parser.add_argument("--only", help="one run, by the seed that a failure printed")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="reasonrun-kills-") as folder:
-        clean = Path(folder) / "clean"
-        begin = time.monotonic()
-        os.waitpid(start(clean), 0)
-        whole = time.monotonic() - begin
-        expected = content(clean)
-        num_kills, num_runs = 0, 0
-        while num_kills < args.kills:
-            directory = Path(folder) / f"run-{num_runs}"
-            num_kills += kill_until_done(directory, rng, whole, args.kills - num_kills)
-            num_runs += 1
-            found = content(directory)
-            if found != expected:
-                changed = sorted(
-                    name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
-                )
-                print(json.dumps({"equal": False, "seed": args.seed, "kills": num_kills, "differ": changed[:20]}))
-                raise SystemExit(1)
-    print(json.dumps({"equal": True, "seed": args.seed, "kills": num_kills, "runs": num_runs, "files": len(expected)}))
+        raise SystemExit(_loop(Path(folder), args.only, args.seed, args.kills, args.seconds))
 
 
-def kill_until_done(directory: Path, rng: random.Random, whole: float, budget: int) -> int:
-    """Kill one run at random moments until it is done or the budget is spent, then let it finish. The kills made."""
-    num_kills = 0
+def _loop(folder: Path, only: str | None, seed: int, num_kills: int, seconds: float) -> int:
+    deadline, begin = time.monotonic() + seconds, time.monotonic()
+    os.waitpid(start(folder / "clean"), 0)
+    whole, expected, tally = time.monotonic() - begin, content(folder / "clean"), Tally()
+    while tally.kills.total() < num_kills and time.monotonic() < deadline:
+        run_seed = only or f"{seed}:{tally.runs}"
+        directory = folder / f"run-{tally.runs}"
+        tally.runs += 1
+        problem = kill_until_done(directory, random.Random(run_seed), whole, num_kills, deadline, tally)
+        found = content(directory)
+        differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if problem or differ:
+            kept = shutil.copytree(directory, tempfile.mkdtemp(prefix="reasonrun-differs-"), dirs_exist_ok=True)
+            failure = {"equal": False, "seed": run_seed, "problem": problem, "differ": differ[:20], "kept": str(kept)}
+            print(json.dumps({**failure, "kills": tally.kills}))
+            return 1
+        if only:
+            break
+    print(json.dumps({"equal": True, "seed": seed, "kills": tally.kills, "runs": tally.runs, "files": len(expected)}))
+    return 0
+
+
+def kill_until_done(
+    directory: Path, rng: random.Random, whole: float, num_kills: int, deadline: float, tally: Tally
+) -> str:
+    """Kill one run at random moments until it is done or the budget is spent, then let it finish. What went wrong."""
     while True:
         pid = start(directory)
-        if num_kills < budget:
-            time.sleep(rng.uniform(0.0, whole / 4))
+        if tally.kills.total() < num_kills and time.monotonic() < deadline:
+            is_early = directory.exists() and rng.random() < 0.2
+            how = rng.choice(["group", "supervisor", "child"])
+            time.sleep(rng.uniform(0.0, whole / 40 if is_early else whole / 4))
             if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                os.killpg(pid, signal.SIGKILL) if os.getpgid(pid) == pid else os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                num_kills += 1
-                continue
-            return num_kills
-        if os.waitpid(pid, 0)[1] != 0:
-            raise SystemExit(f"the run in {directory} failed by itself")
-        return num_kills
+                how = kill(pid, how)
+                if how != "child":
+                    os.waitpid(pid, 0)
+                    tally.kills[f"{how}, recovering" if is_early else how] += 1
+                    continue
+                tally.kills[how] += 1
+            else:
+                return ""
+        return "" if os.waitpid(pid, 0)[1] == 0 else "the run failed by itself"
+
+
+def kill(pid: int, how: str) -> str:
+    """Kill a supervisor's group, the supervisor alone, or one of its children; what was killed."""
+    children = psutil.Process(pid).children(recursive=True) if how == "child" else []
+    if children:
+        children[0].kill()
+        return "child"
+    is_leader = os.getpgid(pid) == pid
+    os.killpg(pid, signal.SIGKILL) if how == "group" and is_leader else os.kill(pid, signal.SIGKILL)
+    return "group" if how == "group" and is_leader else "supervisor"
 
 
 if __name__ == "__main__":

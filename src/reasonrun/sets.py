@@ -234,6 +234,8 @@ def _build_cache(
             for path in paths:
                 for batch in _read_shard(path, arrow_schema(record_type)):
                     writer.write_batch(batch)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # size and time, which the note goes by, may be on disk before the rows are
         status = temporary.stat()
         note = {"key": key, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
         os.replace(temporary, cache_path)

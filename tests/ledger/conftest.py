@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-FINAL_NAMES = ("steps", "metrics.jsonl", "run.json", "_OK.json")
-
-
-class ToyServer:
-    """Runs the toy in a process of its own, again and again."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("toy_run.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None,
-            text=True,
-        )
-
-    def run(self, path: Path, **order: Any) -> int:
-        """Exit code of one run of the toy; minus the signal's number when it was killed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"run": str(path), **order}) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
+from toy_server import ToyServer, final_bytes
 
 
 @pytest.fixture
@@ -54,9 +26,4 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Every file of a run that must not depend on how often it was stopped, by relative path."""
-
-    def read(path: Path) -> dict[str, bytes]:
-        paths = [found for name in FINAL_NAMES for found in [path / name, *(path / name).rglob("*")] if found.is_file()]
-        return {found.relative_to(path).as_posix(): found.read_bytes() for found in paths}
-
-    return read
+    return final_bytes

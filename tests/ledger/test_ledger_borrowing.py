@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_run import shared_step, toy_dir, toy_donor, toy_run
 
 from reasonrun.errors import EnvironmentProblem
 from reasonrun.ledger.borrowing import Donors
@@ -18,6 +17,7 @@ from reasonrun.ledger.faults import Faults, InjectedFault
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import OpenStep
+from toy_run import shared_step, toy_dir, toy_donor, toy_run
 
 Tree = Callable[[Path], dict[str, bytes]]
 

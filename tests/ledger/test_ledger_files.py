@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_run import toy_run
 
 from reasonrun.ledger.faults import Faults
 from reasonrun.ledger.files import Files, decode_json, encode_json
+from toy_run import toy_run
 
 
 class Recorder:

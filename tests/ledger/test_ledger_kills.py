@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_run import toy_donor, toy_run
 
 from reasonrun.errors import EnvironmentProblem, ReasonrunError
 from reasonrun.ledger.faults import FAULT_POINTS, Faults, InjectedFault
 from reasonrun.ledger.files import Files
+from toy_run import toy_donor, toy_run
 
 Tree = Callable[[Path], dict[str, bytes]]
 

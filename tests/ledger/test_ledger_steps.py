@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from toy_run import toy_row, toy_run
 
 from reasonrun.errors import EnvironmentProblem, RecipeError, RunConflict, RunFailed, Stopped
 from reasonrun.ledger import tables
@@ -21,6 +20,7 @@ from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed, OpenStep
 from reasonrun.records import Score, digest
 from reasonrun.sets import Rows
+from toy_run import toy_row, toy_run
 
 Tree = Callable[[Path], dict[str, bytes]]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +83,38 @@ def test_a_unit_is_one_write_and_flushes_are_seconds_apart(
     assert b"".join(writes) == (tmp_path / "wal.jsonl").read_bytes()
     monkeypatch.undo()
     wal.close()
+
+
+def test_a_row_that_no_other_follows_reaches_the_disk_within_the_same_time(
+    open_wal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reasonrun.ledger.wal.FLUSH_SECONDS", 0.05)
+    flushed = threading.Event()
+    wal = open_wal()
+    wal.append([(0, {"n": 0})])
+    wal.flush()
+    real = os.fsync
+    monkeypatch.setattr("os.fsync", lambda descriptor: (real(descriptor), flushed.set())[0])
+    wal.append([(1, {"n": 1})])
+    assert flushed.wait(10), "the row waits for another one"
+    wal.append([(2, {"n": 2})])
+    wal.abandon()
+    flushed.clear()
+    assert not flushed.wait(0.2), "a log that was given up is still flushed"
+
+
+def test_a_flush_that_fails_while_nobody_waits_stops_the_next_write(
+    open_wal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reasonrun.ledger.wal.FLUSH_SECONDS", 0.05)
+    wal = open_wal(Files(Faults("wal.before_fsync", "EIO")))
+    wal.append([(0, {"n": 0})])
+    deadline = time.monotonic() + 10
+    while not wal._files._failed_fsync and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(RunFailed, match="could not be flushed"):
+        wal.append([(1, {"n": 1})])
+    wal.abandon()
 
 
 @pytest.mark.parametrize("num_cut", [1, 5, 20])

@@ -83,6 +83,18 @@ def end_orphans(run_path: Path) -> list[ProcessFacts]:
     return end_processes(worker for folder in _folders(run_path) for worker in _workers(folder / WORKERS_NAME))
 
 
+def settle_names(run_path: Path, files: Files) -> None:
+    """Flush the folders of a run. Must precede any use of what is found there.
+
+    An attempt that was killed between a rename and the flush of its folder left a name that is visible and not on disk.
+    Whoever built on it would lose it, and all that came after, when power fails.
+    """
+    steps = [Path(folder) for folder, _, _ in os.walk(run_path / "steps")]
+    for folder in [run_path.parent, run_path, *steps]:
+        if os.access(folder, os.R_OK):  # the parent may be closed to us where the run's folder was given
+            files.sync_folder(folder)
+
+
 def _workers(path: Path) -> Iterator[WorkerProcess]:
     if not path.is_file():
         return

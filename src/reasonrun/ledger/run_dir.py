@@ -114,6 +114,7 @@ class RunDir:
     def _opened(
         cls, path: Path, files: Files, lock: RunLock, identity: dict[str, Any], description: Mapping[str, Any]
     ) -> RunDir:
+        attempts.settle_names(path, files)
         if not (path / RUN_NAME).exists():
             files.mkdir(path / "steps")
             files.point("run.mid_create")
@@ -238,6 +239,7 @@ class RunDir:
                 )
             for path in own_entries(self.path / "steps" / name):
                 self.files.remove(path)
+                self.files.sync_folder(path.parent)  # the seal comes first and must not outlive what it vouches for
 
     def repair(self, name: str) -> int:
         """Keep the rows of an unfinished step's logs that verify. Returns the number of lines given up."""

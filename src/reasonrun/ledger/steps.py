@@ -69,10 +69,12 @@ def is_scratch(path: Path) -> bool:
 
 
 def tidy(folder: Path, files: Files) -> None:
-    """Remove what only an unfinished step needs."""
-    for path in own_entries(folder):
-        if is_scratch(path):
-            files.remove(path)
+    """Remove what only an unfinished step needs, durably: a finished run is never tidied again."""
+    scratch = [path for path in own_entries(folder) if is_scratch(path)]
+    for path in scratch:
+        files.remove(path)
+    if scratch:
+        files.sync_folder(folder)
 
 
 def redo_hint(name: str) -> str:

@@ -8,20 +8,22 @@ were never safe) from damage to rows that were.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from reasonrun.errors import RunFailed
+from reasonrun.errors import ReasonrunError, RunFailed
 from reasonrun.ledger.files import Files, decode_json, encode_json
 
 FLUSH_SECONDS = 2.0
-"""Longest time between two flushes to disk while rows arrive."""
+"""Longest time that a logged row is not yet on disk, whether or not others follow it."""
 
 _FLUSHED = -1
 _MAX_ORDINAL = 10**9
@@ -57,6 +59,8 @@ class Wal:
         self._file = files.append(path, "wal")
         self._flushed_to = self._marked_to = 0
         self._flushed_at = time.monotonic()
+        self._writing = threading.RLock()
+        self._timer: threading.Timer | None = None
         if self._file.size:  # rows of an earlier attempt may still be in the page cache only
             self.flush()
 
@@ -100,18 +104,37 @@ class Wal:
         if self._marked_to < self._flushed_to:
             mark = _encode(_FLUSHED, self._flushed_to)
             self._marked_to = self._flushed_to
-        offset = self._file.write(mark + b"".join(lines.values())) + len(mark)
+        with self._writing:
+            offset = self._file.write(mark + b"".join(lines.values())) + len(mark)
         for ordinal, line in lines.items():
             self._index(ordinal, offset)
             offset += len(line)
         if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
             self.flush()
+        elif self._timer is None:  # the next unit may be minutes away
+            self._timer = threading.Timer(FLUSH_SECONDS, self._flush_waiting)
+            self._timer.daemon = True
+            self._timer.start()
 
     def flush(self) -> None:
         """Force everything to disk."""
-        self._file.fsync()
-        self._flushed_to = self._file.size
-        self._flushed_at = time.monotonic()
+        with self._writing:
+            self._stop_timer()
+            self._file.fsync()
+            self._flushed_to = self._file.size
+            self._flushed_at = time.monotonic()
+
+    def _flush_waiting(self) -> None:
+        with self._writing:
+            # A failure is kept by ``Files``, which refuses the next write of the attempt; here nobody would hear it.
+            if self._timer is threading.current_thread():
+                with suppress(ReasonrunError):
+                    self.flush()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def read(self, ordinal: int) -> dict[str, Any]:
         """One row. Raises KeyError when it is absent, RunFailed when its line has been damaged since."""
@@ -133,7 +156,9 @@ class Wal:
         if first not in self:
             raise KeyError(first)
         offset = int(self._offsets[first])
-        self._file.close()
+        with self._writing:
+            self._stop_timer()
+            self._file.close()
         self._cut_file(offset, set_aside(f"{self.path.name}.from-{first}"))
         self._file = self._files.append(self.path, "wal")
         self._offsets[self._offsets >= offset] = -1
@@ -155,7 +180,9 @@ class Wal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            self._file.close()
+            with self._writing:
+                self._stop_timer()
+                self._file.close()
 
     def _line(self, ordinal: int) -> bytes:
         offset, parts = int(self._offsets[ordinal]), []

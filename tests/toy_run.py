@@ -1,7 +1,9 @@
 """A small durable run, and a server that forks it: what the kill tests kill.
 
 ``python toy_run.py`` reads one JSON object a line (``run``, ``num_units``, ``fault``, ``log``, ``kill_after_units``,
-``kill_seconds``, ``donors``), runs the toy in a forked child, which saves the imports, and answers with how the child ended.
+``kill_seconds``, ``donors``, ``deadline_seconds``, ``hushed``, ``traced``, ``max_file_bytes``), runs the toy in a forked
+child, which saves the imports, and answers with how the child ended. A ``traced`` child flushes for real, stops before it
+begins, and its pid is a line of its own.
 """
 
 from __future__ import annotations
@@ -9,19 +11,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from reasonrun.ledger.borrowing import CONDITIONS, Donors
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.steps import Committed
-from reasonrun.records import Score
+from reasonrun.records import Score, digest
 from reasonrun.sets import Rows
 
 ROWS_PER_UNIT = 3
@@ -44,15 +50,20 @@ def toy_run(
         shared_step(run, donors)
         sampled = _sample(run, num_units, on_compute)
         trained = _train(run, sampled, path, on_compute)
-        rows = Rows.load(Score, sampled.table_paths(), path / "derived")
-        run.write_projection("metrics.jsonl", [{"step": trained.name, "mean": sum(rows.column("value")) / len(rows)}])
+        digests = [sampled.seal.files[shard.name].sha256 for shard in sampled.table_paths()]
+        rows = Rows.load(Score, sampled.table_paths(), path / "derived", digests=digests)
+        run.write_projection(
+            "metrics.jsonl", [{"step": trained.name, "rows": digest([row.model_dump() for row in rows])}]
+        )
         run.finish({"model": trained.digest, "num_rows": len(rows)})
         return run.finished
 
 
-def toy_dir(path: Path, files: Files, identity: dict[str, Any], conditions: str = "toy") -> RunDir:
+def toy_dir(
+    path: Path, files: Files, identity: dict[str, Any], conditions: str = "toy", *, reopen: bool = False
+) -> RunDir:
     attempt = {CONDITIONS: {"other": conditions}}
-    return RunDir.open(path, identity=identity, command="toy", files=files, attempt=attempt)
+    return RunDir.open(path, identity=identity, command="toy", files=files, attempt=attempt, reopen=reopen)
 
 
 def shared_step(run: RunDir, donors: Sequence[Path]) -> Committed:
@@ -122,8 +133,13 @@ def _write_model(folder: Path, state: int) -> Path:
     return folder
 
 
-def _child(order: dict[str, Any]) -> None:
+def _child(order: dict[str, Any], fsync: Callable[[int], None]) -> None:
     os.environ["REASONRUN_FAULT"] = order.get("fault", "")
+    if "max_file_bytes" in order:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["max_file_bytes"], resource.RLIM_INFINITY))
+    if order.get("traced"):
+        os.fsync = fsync
+        os.kill(os.getpid(), signal.SIGSTOP)
     log = open(order["log"], "a", encoding="utf-8", buffering=1) if "log" in order else None  # noqa: SIM115
     num_computed = 0
 
@@ -140,17 +156,35 @@ def _child(order: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
+    fsync = os.fsync
     os.fsync = lambda descriptor: None  # kill -9 loses nothing that was written; flushing takes most of the time
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             try:
-                _child(json.loads(line))
+                _child(json.loads(line), fsync)
             except BaseException:
-                traceback.print_exc()
+                if not json.loads(line).get("hushed"):
+                    traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        if json.loads(line).get("traced"):
+            print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(_wait(pid, json.loads(line))), flush=True)
+
+
+def _wait(pid: int, order: dict[str, Any]) -> int:
+    """Status of a child that has ended. One that sleeps past the deadline ``deadline_seconds`` is killed from outside."""
+    if not order.get("fault", "").endswith(":hang"):
+        return os.waitpid(pid, 0)[1]
+    deadline = time.monotonic() + order["deadline_seconds"]
+    while time.monotonic() < deadline or psutil.Process(pid).status() != psutil.STATUS_SLEEPING:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
 
 
 if __name__ == "__main__":
