@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(VENV)/vllm
 
-.PHONY: demo test check heavy vllm slurm fmt smoke bench tiny clean install
+.PHONY: demo test check attack heavy vllm slurm fmt smoke bench tiny clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -20,6 +20,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+attack: install
+	$(BIN)/python -m pytest -m attack tests/attack
 
 heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
