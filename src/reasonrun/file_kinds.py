@@ -40,7 +40,5 @@ def kind_fault(content: bytes) -> str:
     if b"\n" not in text.strip() and b"\r" in text.strip():
         return "the lines end with a carriage return alone; save the file with line feeds"
     if not _ANY_OBJECT.search(text):
-        return (
-            f"no line begins with {{ as a JSON object does; the file begins with {text[:30].decode('latin-1')!a}"
-        )
+        return f"no line begins with {{ as a JSON object does; the file begins with {text[:30].decode('latin-1')!a}"
     return ""

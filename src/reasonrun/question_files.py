@@ -79,7 +79,10 @@ def read_json(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list
         text = content.decode("utf-8").lstrip()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return [], [f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; is the file Latin-1?"]
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        return [], [
+            f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x} in column {column}; is the file Latin-1?"
+        ]
     rows: list[Row] = []
     faults: list[str] = []
     for number, (value, fault) in enumerate(_array_items(text), start=1):

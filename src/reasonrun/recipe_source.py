@@ -78,6 +78,12 @@ class Source:
     def report(self, node: yaml.Node | None, path: str, message: str, **more: Any) -> None:
         self.problems.append(Problem(path=path, message=message, **self.place(node), **more))
 
+    def report_at(self, text: str, position: int, message: str) -> None:
+        """A problem at a position of the file's text."""
+        line_start = text.rfind("\n", 0, position) + 1
+        place = self.place_at(text.count("\n", 0, position), position - line_start)
+        self.problems.append(Problem(path="", message=message, **place))
+
     def locate(self, path: KeyPath) -> tuple[int, yaml.Node | None, yaml.Node | None]:
         """How much of ``path`` this file has, and the nodes of the last key found and of its value."""
         depth = len(self.package)
@@ -113,16 +119,15 @@ def read(path: Path, package: tuple[str, ...] = ()) -> Source:
     if text is None:
         return source
     source.lines = text.split("\n")
-    if _DEEP.search(text):  # PyYAML takes minutes over thousands of opening brackets
-        source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
+    if deep := _DEEP.search(text):  # PyYAML takes minutes over thousands of opening brackets
+        source.report_at(text, deep.start(), f"nested deeper than {MAX_DEPTH} levels")
         return source
     try:
         source.node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         _syntax_problems(source, error)
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position)
-        source.problems.append(Problem(path="", message="a control character", **source.place_at(line, 0)))
+        source.report_at(text, error.position, "a control character; take it out")
     except RecursionError:
         source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
     if source.node is None:
@@ -166,6 +171,10 @@ def _syntax_problems(source: Source, error: yaml.MarkedYAMLError) -> None:
     advice = ""
     if "could not find expected ':'" in str(error.problem):
         mark, context, advice = error.context_mark or mark, "", "; write `key: value`, with a blank after the colon"
+    elif error.context == "while scanning a quoted scalar" and "end of stream" in str(error.problem):
+        mark, context, advice = error.context_mark or mark, "", "; the quote that opens here is never closed"
+    elif (error.context or "").startswith("while parsing a flow") and error.context_mark:
+        context = f" ({error.context} that begins in line {error.context_mark.line + 1})"
     elif "mapping values are not allowed" in str(error.problem):
         advice = "; indent equal keys equally, and quote a text that holds a colon and a blank"
     place = source.place_at(mark.line, mark.column) if mark else source.place(None)

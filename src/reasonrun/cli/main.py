@@ -237,7 +237,7 @@ def main() -> None:
 
 def error_document(error: ReasonrunError) -> dict[str, Any]:
     """What ``--json`` prints about an error; every mistake of a recipe by itself too."""
-    document = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    document = {"error": type(error).__name__, "message": printable(str(error)), "exit_code": error.exit_code}
     problems = [asdict(problem) for problem in getattr(error, "problems", ())]
     return {**document, "problems": problems} if problems else document
 
