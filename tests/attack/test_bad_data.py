@@ -86,7 +86,7 @@ LONG_LINES = {
     "text": (f'{{"question": "{LONG}", "answer": "#### 3"}}\n', "field 'question' holds 50,000,000 characters"),
     "cut off": (f'{{"question": "{LONG}', "not valid JSON: Unterminated string starting"),
     "number": (
-        '{"question": %s, "answer": "#### 3"}\n' % ("1" * 50_000_000),
+        f'{{"question": {LONG.replace("x", "1")}, "answer": "#### 3"}}\n',
         "not readable as JSON: a number of more than 4300 digits",
     ),
     "no JSON": (LONG + "\n", "not valid JSON: Expecting value, in column 1"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from reasonrun.cli.main import error_document, print_json
+from reasonrun.cli.main import echo, error_document, print_json
 from reasonrun.recipe import ResolvedRecipe, load
 from reasonrun.recipe_errors import RecipeProblems
 from reasonrun.recipe_source import label_of
@@ -28,7 +28,7 @@ def check(recipe: str, overrides: list[str], *, as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, "name": resolved.name, "slug": resolved.slug, "resolved": resolved.resolved})
         return
-    typer.echo(f"OK {label_of(resolved.source_path)}: {summary(resolved)}")
+    echo(f"OK {label_of(resolved.source_path)}: {summary(resolved)}")
 
 
 def summary(recipe: ResolvedRecipe) -> str:

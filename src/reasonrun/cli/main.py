@@ -211,6 +211,11 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def echo(line: str) -> None:
+    """Print to standard output what a terminal shows and never obeys."""
+    typer.echo(printable(line))
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of ``--json``; ASCII, so that no text in it can steer the terminal that shows it."""
     typer.echo(json.dumps(document, ensure_ascii=True, indent=2, sort_keys=True))
