@@ -174,14 +174,15 @@ def _content(path: Path) -> bytes:
 
 
 def _neighbours(path: Path) -> str:
-    folder = path.parent
+    folder, missing = path.parent, path.name
     while not folder.is_dir():
-        folder = folder.parent
-    if folder != path.parent:
-        return f"{path.parent} does not exist either, the nearest existing folder is {folder}"
+        folder, missing = folder.parent, folder.name
     names = sorted(entry.name for entry in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:8]
-    return f"{folder} has {', '.join(near)}" if near else f"{folder} is empty"
+    near = difflib.get_close_matches(missing, names, n=3, cutoff=0.5) or names[:8]
+    here = f"{folder} has {', '.join(near)}" if near else f"{folder} is empty"
+    if folder != path.parent:
+        return f"{path.parent} does not exist either, the nearest existing folder is {folder}; {here}"
+    return here
 
 
 def _parse(line: bytes, required: Mapping[str, type]) -> dict[str, Any]:

@@ -156,9 +156,8 @@ def _problem(
     if error["type"].startswith(("model_", "dict_")):
         inner = model_at(model, path)
         allowed = tuple(inner.model_fields) if inner else ()
-    return Problem(
-        path=dotted, message=" or ".join(messages), allowed=allowed, nearest=nearest(given, allowed), **where
-    )
+    guess = nearest(given, allowed) or _quoted_word(error["input"], allowed)
+    return Problem(path=dotted, message=" or ".join(messages), allowed=allowed, nearest=guess, **where)
 
 
 def model_at(model: type[BaseModel] | None, path: Path) -> type[BaseModel] | None:
@@ -262,6 +261,12 @@ def _unquote(base: str, given: Any) -> str:
     if base in ("int", "float") and isinstance(given, str) and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", given):
         return " (write the number without quotes or leading zeros)"
     return ""
+
+
+def _quoted_word(given: Any, allowed: Sequence[str]) -> str:
+    """``'off'`` with its quotes, where a bare off was read as false and is one of the allowed words."""
+    words = {True: ("on", "yes"), False: ("off", "no")}.get(given, ()) if isinstance(given, bool) else ()
+    return next((f"'{word}'" for word in words if word in allowed), "")
 
 
 def _yaml_word(given: Any) -> str:

@@ -274,5 +274,4 @@ class _Compared:
 
 
 def _vocab_size(checkpoint: Checkpoint) -> int:
-    config = ModelFolder(Path(checkpoint.path)).config
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    return ModelFolder(Path(checkpoint.path)).vocab_size()
