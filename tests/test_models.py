@@ -136,8 +136,8 @@ def test_a_hub_model_comes_without_code_and_pickles(
     resolve(ModelSettings(hub="owner/model", trust_remote_code_commit=COMMIT))
     assert asked[-1]["revision"] == COMMIT
     assert fetched() == {"config.json", "model.safetensors", "chat_template.jinja", "code.py"}
-    with pytest.raises(RecipeError, match="differ"):
-        resolve(ModelSettings(hub="owner/model", revision="main", trust_remote_code_commit=COMMIT))
+    with pytest.raises(ValueError, match="revision names another one"):
+        ModelSettings(hub="owner/model", revision="main", trust_remote_code_commit=COMMIT)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.judge_fields import Fields, tidy
 from reasonrun.judge_texts import looks_like_prompt, parts_of, rubric_of
 from reasonrun.prompts.judge import RUBRICS, Rubric
-from reasonrun.question_files import Row, check_row, read_json
+from reasonrun.question_files import Row, check_row, listed, read_json
 from reasonrun.records import Record, digest
 
 Layout = Literal["feedback", "biggen", "pairs", "prometheus_text", "items"]
@@ -173,7 +173,9 @@ def _layout_of(fields: Mapping[str, Any]) -> Layout | None:
 def _no_layout(fields: Mapping[str, Any]) -> str:
     lines = [f"  {layout}: {', '.join(names)}" for layout, names in NEEDED.items()]
     lines[3] += " (a whole prompt that begins with '###Task Description:')"
-    return "\n".join([f"the fields {', '.join(fields) or 'none'} are those of no layout; the layouts need", *lines])
+    inner = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    advice = f"; write the list under {inner[0]!r} alone into the file" if len(inner) == 1 else ""
+    return "\n".join([f"the fields {listed(fields)} are those of no layout{advice}; the layouts need", *lines])
 
 
 def _score_field(rows: Sequence[Row], layout: Layout) -> str:

@@ -117,6 +117,17 @@ class ModelFolder:
             hint='Set "max_position_embeddings" in config.json or "model_max_length" in tokenizer_config.json.',
         )
 
+    def vocab_size(self) -> int:
+        """Rows of the embedding, those without a token included."""
+        nested = self.config.get("text_config")
+        for source in (self.config, nested if isinstance(nested, dict) else {}):
+            if isinstance(source.get("vocab_size"), int) and source["vocab_size"] > 0:
+                return int(source["vocab_size"])
+        raise EnvironmentProblem(
+            f"{self.path / 'config.json'} does not say how many tokens the model knows.",
+            hint='Set "vocab_size" in it, or copy the file again from its source.',
+        )
+
     def weight_paths(self) -> tuple[Path, ...]:
         """The safetensors files, by name.
 

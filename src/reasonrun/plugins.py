@@ -74,6 +74,11 @@ def find(kind: Kind, name: str) -> type[Any]:
     if "." not in name:
         singular = kind.removesuffix("s")
         raise UnknownPlugin(f"unknown {singular} {name!r}", allowed=builtins, nearest=nearest(name, builtins))
+    if "/" in name or name.endswith(".py"):
+        meant = f"{Path(name).stem}.{kind.removesuffix('s').capitalize()}"
+        raise UnknownPlugin(
+            f"{name!r} is a file; name the class in it by its dotted path, such as {meant}", allowed=builtins
+        )
     module_name, _, class_name = name.rpartition(".")
     module = _import(kind, name, module_name)
     cls = getattr(module, class_name, None)

@@ -8,15 +8,23 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from reasonrun.errors import RecipeError
+from reasonrun.file_kinds import kind_fault
 
 MAX_LISTED_FAULTS = 200
-_BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+MAX_NAMES, MAX_NAME_CHARS = 30, 60
+MAX_TEXT_CHARS = 5_000_000  # no model reads so much; a file that lost its line ends or its quotes does
+_JSON_WORDS = {
+    "Extra data": "something follows the object; a line holds one object and no comma behind it",
+    "Unexpected UTF-8 BOM (decode using utf-8-sig)": "a byte order mark; two files were joined here",
+    "Expecting property name enclosed in double quotes": "field names stand in double quotes, with no comma behind the last",
+}
+_PLACE = re.compile(r"(.*?): ?(?:item )?(\d+): ", re.DOTALL)
 _JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 _NO_CONSTANT = "%s is not JSON; write null or leave the field out"
 
@@ -40,7 +48,7 @@ def read_json_lines(path: Path, required: Mapping[str, type]) -> tuple[list[Row]
         RecipeError: there is no such file, or it cannot be read.
     """
     content = _content(path)
-    fault = _whole_file_fault(content)
+    fault = kind_fault(content)
     if fault:
         return [], [f"{path}:1: {fault}"]
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -71,7 +79,10 @@ def read_json(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list
         text = content.decode("utf-8").lstrip()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return [], [f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; is the file Latin-1?"]
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        return [], [
+            f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x} in column {column}; is the file Latin-1?"
+        ]
     rows: list[Row] = []
     faults: list[str] = []
     for number, (value, fault) in enumerate(_array_items(text), start=1):
@@ -90,14 +101,21 @@ def check_row(fields: Mapping[str, Any], required: Mapping[str, type]) -> str:
     for name, kind in required.items():
         if name not in fields:
             near = difflib.get_close_matches(name, list(fields), n=1)
-            found = f"the row has {', '.join(map(repr, fields)) or 'none'}"
+            found = f"the row has {listed([repr(field) for field in fields])}"
             return f"field {name!r} is missing; {f'did you mean to rename {near[0]!r}?' if near else found}"
         value = fields[name]
         if not isinstance(value, kind):
-            return f"field {name!r} must be {kind.__name__}, not {type(value).__name__}"
+            return f"field {name!r} must be {kind.__name__}, not {type(value).__name__}{_nested(kind, value)}"
         if isinstance(value, str) and (fault := _text_fault(value)):
             return f"field {name!r} {fault}"
     return ""
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few names in one line."""
+    shown = [name[:MAX_NAME_CHARS] for name in list(names)[:MAX_NAMES]]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return (", ".join(shown) or "none") + more
 
 
 def duplicates(places: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -111,9 +129,22 @@ def duplicates(places: Sequence[tuple[str, str]], what: str) -> list[str]:
     return faults
 
 
+def same_file(one: str, other: str) -> bool:
+    """Whether two paths of a recipe name one file, by link or by spelling too."""
+    if not one or not other:
+        return False
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def refuse(faults: Sequence[str], *, hint: str) -> NoReturn:
-    """Raise all ``faults`` as one RecipeError."""
-    shown = list(faults[:MAX_LISTED_FAULTS])
+    """Raise all ``faults`` as one RecipeError, in the order of the files and their lines."""
+    files: dict[str, int] = {}
+    keys = []
+    for fault in faults:
+        found = _PLACE.match(fault)
+        name = found[1] if found else ""
+        keys.append((files.setdefault(name, len(files)), int(found[2]) if found else 0))
+    shown = [fault for _, fault in sorted(zip(keys, faults, strict=True), key=lambda pair: pair[0])][:MAX_LISTED_FAULTS]
     if len(faults) > len(shown):
         shown.append(f"… and {len(faults) - len(shown)} more")
     noun = "fault" if len(faults) == 1 else "faults"
@@ -126,41 +157,32 @@ class _Fault(Exception):
 
 def _content(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RecipeError(
+                f"{path} is no regular file; it could be read only once, or for ever",
+                hint="write the rows into a file, and name that",
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; {_neighbours(path)}", hint="correct the path in the recipe") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder, not a file; {_neighbours(path / 'x')}") from None
+        raise RecipeError(
+            f"{path} is a folder, not a file; {_neighbours(path / 'x')}", hint="name the file in the recipe"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _neighbours(path: Path) -> str:
-    folder = path.parent
+    folder, missing = path.parent, path.name
     while not folder.is_dir():
-        folder = folder.parent
-    if folder != path.parent:
-        return f"{path.parent} does not exist either, the nearest existing folder is {folder}"
+        folder, missing = folder.parent, folder.name
     names = sorted(entry.name for entry in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:8]
-    return f"{folder} has {', '.join(near)}" if near else f"{folder} is empty"
-
-
-def _whole_file_fault(content: bytes) -> str:
-    """Faults of the file as a whole, which would make every line a fault."""
-    for magic, name in _BINARY.items():
-        if content.startswith(magic):
-            return f"this is {name} data, not lines of JSON in UTF-8"
-    text = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text:
-        return "the file is empty"
-    if text.startswith(b"<"):
-        return "this is an HTML or XML page, not lines of JSON; the download probably saved an error page"
-    if text.startswith(b"["):
-        return "the file holds a JSON array; write one object per line, without brackets and commas between them"
-    if text.split(b"\n", 1)[0].strip() == b"{":
-        return "the object is spread over several lines; write one object per line"
-    return ""
+    near = difflib.get_close_matches(missing, names, n=3, cutoff=0.5) or names[:8]
+    here = f"{folder} has {', '.join(near)}" if near else f"{folder} is empty"
+    if folder != path.parent:
+        return f"{path.parent} does not exist either, the nearest existing folder is {folder}; {here}"
+    return here
 
 
 def _parse(line: bytes, required: Mapping[str, type]) -> dict[str, Any]:
@@ -174,12 +196,17 @@ def _parse(line: bytes, required: Mapping[str, type]) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise _Fault(f"not valid JSON: {error.msg} in column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
-        raise _Fault(f"not readable as JSON: {error}") from None
+        what = _JSON_WORDS.get(error.msg, error.msg.removesuffix(" at"))
+        raise _Fault(f"not valid JSON: {what}, in column {error.colno}") from None
+    except (RecursionError, ValueError) as error:
+        raise _Fault(f"not readable as JSON: {_unreadable(error)}") from None
     if fault := _row_fault(value, required):
         raise _Fault(fault)
     return value  # type: ignore[no-any-return]
+
+
+def _unreadable(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else "a number of more than 4300 digits"
 
 
 def _row_fault(value: Any, required: Mapping[str, type]) -> str:
@@ -210,7 +237,7 @@ def _array_items(text: str) -> Iterator[tuple[Any, str]]:
             yield None, f"not valid JSON, and the items after it were not read: {error}"
             return
         except (RecursionError, ValueError) as error:
-            yield None, f"not readable as JSON, and the items after it were not read: {error}"
+            yield None, f"not readable as JSON, and the items after it were not read: {_unreadable(error)}"
             return
         yield value, "; ".join(noted)
         noted.clear()
@@ -237,7 +264,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _nested(kind: type, value: Any) -> str:
+    """What to do with chat messages where one text belongs."""
+    first = value[0] if isinstance(value, list) and value else value
+    if kind is str and isinstance(first, dict):
+        return "; put in the text alone, such as the content of the one message"
+    return ""
+
+
 def _text_fault(text: str) -> str:
+    if len(text) > MAX_TEXT_CHARS:
+        return f"holds {len(text):,} characters, more than {MAX_TEXT_CHARS:,}; is a quote or a line end missing?"
     if not text.strip():
         return "is empty"
     if "\0" in text:

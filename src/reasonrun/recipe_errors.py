@@ -22,7 +22,9 @@ _TOKENS = re.compile(
 _SECRET_KEY = r"(?:[\w.]*_)?(?:api_?key|token|secret|password|passwd|credentials?)"
 _SECRET_NAME = re.compile(f"^{_SECRET_KEY}$", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"((?<!\w){_SECRET_KEY}['\"]?\s*[:=]\s*['\"]?)(?!\$\{{)[^\s'\"]{{12,}}", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
+# what would move the caret, or turn the line around: controls, line separators, marks of writing direction
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 _MAX_LINE = 160
 
 
@@ -34,7 +36,16 @@ def looks_secret(key: str, text: str) -> bool:
 
 def redact(text: str) -> str:
     """``text`` without what looks like a credential."""
-    return _ASSIGNED.sub(r"\1<redacted>", _TOKENS.sub("<redacted>", text))
+    return _ASSIGNED.sub(r"\1<redacted>", _TOKENS.sub("<redacted>", _USER_IN_URL.sub("<redacted>@", text)))
+
+
+def visible(word: str) -> str:
+    """``word`` with an escape for every character that a terminal would hide or obey.
+
+    >>> visible("se\\u200bed")
+    'se\\\\u200bed'
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in word)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +64,7 @@ class Problem:
     def __post_init__(self) -> None:
         for name in ("file", "message", "source_line"):
             object.__setattr__(self, name, redact(getattr(self, name)))
+        object.__setattr__(self, "path", redact(visible(self.path)))
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
@@ -136,16 +148,16 @@ def _problem(
         parent = model_at(model, path[:-1])
         described = {name: info.description or "" for name, info in parent.model_fields.items()} if parent else {}
         guess = nearest(str(path[-1]), described, described) or _deeper(parent, str(path[-1]))
-        return Problem(path=dotted, message="unknown key", allowed=tuple(described), nearest=guess, **where)
+        dots = "; in a file, `a: {b: …}` is what the command line writes as a.b" if "." in str(path[-1]) else ""
+        return Problem(path=dotted, message=f"unknown key{dots}", allowed=tuple(described), nearest=guess, **where)
     messages = list(dict.fromkeys(_message(error) for error in group))
     allowed = tuple(option for error in group for option in _allowed(error))
     given = next((error["input"] for error in group if isinstance(error["input"], str)), "")
     if error["type"].startswith(("model_", "dict_")):
         inner = model_at(model, path)
         allowed = tuple(inner.model_fields) if inner else ()
-    return Problem(
-        path=dotted, message=" or ".join(messages), allowed=allowed, nearest=nearest(given, allowed), **where
-    )
+    guess = nearest(given, allowed) or _quoted_word(error["input"], allowed)
+    return Problem(path=dotted, message=" or ".join(messages), allowed=allowed, nearest=guess, **where)
 
 
 def model_at(model: type[BaseModel] | None, path: Path) -> type[BaseModel] | None:
@@ -212,10 +224,20 @@ def _message(error: Any) -> str:
         return f"expected {_EXPECTED[base]}, got {_shown(given)}{_unquote(base, given)}{_yaml_word(given)}"
     if kind == "json_invalid":
         return "the recipe holds a value that is no JSON"
+    if kind == "string_pattern_mismatch":
+        return f"{_shown(given)} does not have the form that is needed{_form(error)}"
     if kind == "finite_number":
         return f"expected a finite number, got {_shown(given)}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return text if kind == "value_error" else f"{text}, got {_shown(given)}"
+
+
+_FORMS = {r"^[0-9a-f]{40}$": "a commit, 40 hex digits; a branch or tag may change", r"^[\w.-]+/[\w.-]+$": "owner/name"}
+
+
+def _form(error: Any) -> str:
+    pattern = str(error.get("ctx", {}).get("pattern", ""))
+    return f": {_FORMS.get(pattern, pattern)}" if pattern else ""
 
 
 def _allowed(error: Any) -> list[str]:
@@ -239,6 +261,12 @@ def _unquote(base: str, given: Any) -> str:
     if base in ("int", "float") and isinstance(given, str) and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", given):
         return " (write the number without quotes or leading zeros)"
     return ""
+
+
+def _quoted_word(given: Any, allowed: Sequence[str]) -> str:
+    """``'off'`` with its quotes, where a bare off was read as false and is one of the allowed words."""
+    words = {True: ("on", "yes"), False: ("off", "no")}.get(given, ()) if isinstance(given, bool) else ()
+    return next((f"'{word}'" for word in words if word in allowed), "")
 
 
 def _yaml_word(given: Any) -> str:

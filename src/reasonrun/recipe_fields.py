@@ -52,6 +52,12 @@ class ModelSettings(Settings):
             )
         if self.hub is None and (self.revision is not None or self.trust_remote_code_commit is not None):
             raise ValueError("revision and trust_remote_code_commit belong to a hub model")
+        pinned = self.trust_remote_code_commit
+        if pinned is not None and self.revision not in (None, pinned):
+            raise ValueError(
+                "code may run from the commit in trust_remote_code_commit only, and revision names another one;"
+                " leave revision out, or give the same commit there"
+            )
         return self
 
 

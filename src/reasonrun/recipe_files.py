@@ -31,7 +31,11 @@ def find_recipe(recipe: str | Path) -> Path:
         RecipeError: there is no such file and no such recipe.
     """
     path = Path(recipe)
-    if path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name too long for a file
+        raise RecipeError(f"{str(recipe)[:80]!r} … cannot be a recipe: {error.strerror}") from None
+    if found:
         return path
     if str(recipe) in shipped():
         return recipes_dir() / f"{recipe}.yaml"

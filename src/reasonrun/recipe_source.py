@@ -24,6 +24,7 @@ MAX_DEPTH = 30
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 _DEEP = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
+_MAX_DIGITS = 300
 _AMBIGUOUS_INT = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
@@ -77,6 +78,12 @@ class Source:
     def report(self, node: yaml.Node | None, path: str, message: str, **more: Any) -> None:
         self.problems.append(Problem(path=path, message=message, **self.place(node), **more))
 
+    def report_at(self, text: str, position: int, message: str) -> None:
+        """A problem at a position of the file's text."""
+        line_start = text.rfind("\n", 0, position) + 1
+        place = self.place_at(text.count("\n", 0, position), position - line_start)
+        self.problems.append(Problem(path="", message=message, **place))
+
     def locate(self, path: KeyPath) -> tuple[int, yaml.Node | None, yaml.Node | None]:
         """How much of ``path`` this file has, and the nodes of the last key found and of its value."""
         depth = len(self.package)
@@ -112,16 +119,15 @@ def read(path: Path, package: tuple[str, ...] = ()) -> Source:
     if text is None:
         return source
     source.lines = text.split("\n")
-    if _DEEP.search(text):  # PyYAML takes minutes over thousands of opening brackets
-        source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
+    if deep := _DEEP.search(text):  # PyYAML takes minutes over thousands of opening brackets
+        source.report_at(text, deep.start(), f"nested deeper than {MAX_DEPTH} levels")
         return source
     try:
         source.node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         _syntax_problems(source, error)
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position)
-        source.problems.append(Problem(path="", message="a control character", **source.place_at(line, 0)))
+        source.report_at(text, error.position, "a control character; take it out")
     except RecursionError:
         source.report(None, "", f"nested deeper than {MAX_DEPTH} levels")
     if source.node is None:
@@ -154,15 +160,25 @@ def _decode(source: Source) -> str | None:
 
 def _syntax_problems(source: Source, error: yaml.MarkedYAMLError) -> None:
     tabs = [number for number, line in enumerate(source.lines) if re.match(r" *\t", line)]
-    if tabs and "'\\t'" in str(error.problem):
+    if "'\\t'" in str(error.problem):
+        tabs = tabs or ([error.problem_mark.line] if error.problem_mark else [])
         for number in tabs:
             place = source.place_at(number, source.lines[number].index("\t"))
             source.problems.append(Problem(path="", message="a tab; YAML is indented with spaces", **place))
         return
     mark = error.problem_mark or error.context_mark
-    place = source.place_at(mark.line, mark.column) if mark else source.place(None)
     context = f" ({error.context})" if error.context else ""
-    source.problems.append(Problem(path="", message=f"not YAML: {error.problem}{context}", **place))
+    advice = ""
+    if "could not find expected ':'" in str(error.problem):
+        mark, context, advice = error.context_mark or mark, "", "; write `key: value`, with a blank after the colon"
+    elif error.context == "while scanning a quoted scalar" and "end of stream" in str(error.problem):
+        mark, context, advice = error.context_mark or mark, "", "; the quote that opens here is never closed"
+    elif (error.context or "").startswith("while parsing a flow") and error.context_mark:
+        context = f" ({error.context} that begins in line {error.context_mark.line + 1})"
+    elif "mapping values are not allowed" in str(error.problem):
+        advice = "; indent equal keys equally, and quote a text that holds a colon and a blank"
+    place = source.place_at(mark.line, mark.column) if mark else source.place(None)
+    source.problems.append(Problem(path="", message=f"not YAML: {error.problem}{context}{advice}", **place))
 
 
 def _too_large(source: Source) -> bool:
@@ -215,6 +231,9 @@ def _check(source: Source, node: yaml.Node | None, path: KeyPath, seen: set[int]
             _check(source, item, (*path, number), seen)
     elif isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "int" and _AMBIGUOUS_INT.fullmatch(node.value):
         source.report(node, dotted, f"YAML 1.1 reads {node.value} in base 8 or 60; write it without leading 0 or colon")
+    elif isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "int" and len(node.value) > _MAX_DIGITS:
+        source.report(node, dotted, f"a number of {len(node.value)} digits")
+        node.value = "0"
     elif isinstance(node, yaml.ScalarNode) and NOT_TEXT.search(node.value):
         source.report(node, dotted, "an escape that stands for no character")
         node.value = NOT_TEXT.sub("?", node.value)

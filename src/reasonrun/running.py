@@ -14,7 +14,7 @@ from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
 from reasonrun.hosts import engine_is_scripted, further_models, scripted_host, with_endpoints
 from reasonrun.lab import Lab
 from reasonrun.ledger.borrowing import CONDITIONS, Donors
-from reasonrun.ledger.catalogue import run_identity
+from reasonrun.ledger.catalogue import holds_work, run_identity
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.models import resolve
 from reasonrun.preflight import preflight
@@ -238,7 +238,8 @@ def _best_so_far(lab: Lab) -> str:
 def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> list[str]:
     """Recipe fields that differ from the run's own and must stop it at the first step to work on, as text.
 
-    A horizon that grew, or shrank under ``--prune``, is taken over; numeric changes are noted; operational ones free.
+    A horizon that grew, or shrank under ``--prune``, is taken over; numeric changes are noted; operational ones free. A
+    run that has done nothing but read problems takes every change, and says so.
     """
     stopping, moved = [], False
     for change in diff(run_dir.identity["recipe"], recipe):
@@ -249,6 +250,13 @@ def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progr
             moved = True
         elif change.effect is Effect.NUMERIC:
             progress.say(f"{_described(change)}: this run is no longer comparable bit for bit")
+    if stopping and not holds_work(run_dir.path):  # a mistake was corrected before it cost anything
+        progress.say(f"nothing was made yet in {run_dir.path}, so it takes the changed recipe:")
+        for line in stopping:
+            progress.say(f"  {line}")
+        for step in run_dir.steps():
+            run_dir.redo(step)
+        stopping, moved = [], True
     if moved and not stopping:
         run_dir.amend({"recipe": recipe.resolved})
     return stopping

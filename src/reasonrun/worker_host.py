@@ -294,7 +294,4 @@ class _Compared:
 
 
 def _probe_of(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The probe's tokens; none for a model whose configuration does not say how many there are."""
-    config = ModelFolder(Path(checkpoint.path)).config
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return probe_ids(int(size)) if size else ()
+    return probe_ids(ModelFolder(Path(checkpoint.path)).vocab_size())

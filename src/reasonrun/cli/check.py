@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import typer
 
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, error_document, print_json
 from reasonrun.recipe import ResolvedRecipe, load
 from reasonrun.recipe_errors import RecipeProblems
 from reasonrun.recipe_source import label_of
@@ -24,12 +23,12 @@ def check(recipe: str, overrides: list[str], *, as_json: bool) -> None:
     except RecipeProblems as error:
         if not as_json:
             raise
-        print_json({"ok": False, "problems": [asdict(problem) for problem in error.problems]})
+        print_json({"ok": False, **error_document(error)})
         raise typer.Exit(error.exit_code) from None
     if as_json:
         print_json({"ok": True, "name": resolved.name, "slug": resolved.slug, "resolved": resolved.resolved})
         return
-    typer.echo(f"OK {label_of(resolved.source_path)}: {summary(resolved)}")
+    echo(f"OK {label_of(resolved.source_path)}: {summary(resolved)}")
 
 
 def summary(recipe: ResolvedRecipe) -> str:

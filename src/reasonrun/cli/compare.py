@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import RecipeError
 from reasonrun.report.comparison import compare_runs, cost
 from reasonrun.report.comparison_text import comparison_document, describe_comparison, describe_costs
@@ -28,6 +26,6 @@ def compare_command(runs: list[Path], *, as_json: bool) -> None:
         return
     for other, comparison in zip(records[1:], comparisons, strict=True):
         for line in [*describe_comparison(records[0], other, comparison), ""]:
-            typer.echo(line)
+            echo(line)
     for line in describe_costs(records, costs):
-        typer.echo(line)
+        echo(line)

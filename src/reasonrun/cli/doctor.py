@@ -10,10 +10,8 @@ import shutil
 import sys
 from typing import Any
 
-import typer
-
 from reasonrun import __version__
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import EnvironmentProblem
 from reasonrun.launchers._devices import Device, query_devices
 
@@ -29,11 +27,11 @@ def doctor_command(*, as_json: bool) -> None:
         return
     for key, value in facts.items():
         if isinstance(value, dict):
-            typer.echo(f"{key}:")
+            echo(f"{key}:")
             for name, entry in value.items():
-                typer.echo(f"  {name:14s} {entry}")
+                echo(f"  {name:14s} {entry}")
         else:
-            typer.echo(f"{key}: {value}")
+            echo(f"{key}: {value}")
 
 
 def examine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from reasonrun import plugins
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.cli.progress import PlainProgress
 from reasonrun.cli.submitting import own_arguments, submitted_run
 from reasonrun.errors import Finding, RecipeError
@@ -96,16 +96,16 @@ def eval_command(request: EvalRequest, *, as_json: bool) -> None:
         print_json({"directory": str(directory), "result": outcome.result})
         _leave_with(findings)
         return
-    typer.echo(
+    echo(
         f"{request.task} {request.split}: {outcome.result['num_problems']} problems, style {request.style},"
         f" {getattr(recipe.task, 'num_shots', 0) if request.style == 'few_shot' else 0} demonstrations,"
         f" model {request.model} ({outcome.result['policy']['weights'][:12]})"
     )
     for line in format_metrics(outcome.result):
-        typer.echo(line)
-    typer.echo(f"items: {directory}/steps/evaluate/")
+        echo(line)
+    echo(f"items: {directory}/steps/evaluate/")
     for finding in findings:
-        typer.echo(f"finding: {finding}")
+        echo(f"finding: {finding}")
     _leave_with(findings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from reasonrun import __version__
 from reasonrun.errors import ReasonrunError
+from reasonrun.report.printable import printable
 
 app = typer.Typer(
     name="reasonrun",
@@ -209,6 +211,11 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def echo(line: str) -> None:
+    """Print to standard output what a terminal shows and never obeys."""
+    typer.echo(printable(line))
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of ``--json``; ASCII, so that no text in it can steer the terminal that shows it."""
     typer.echo(json.dumps(document, ensure_ascii=True, indent=2, sort_keys=True))
@@ -218,16 +225,26 @@ def main() -> None:
     """Entry point. A user's mistake prints a message, never a traceback."""
     as_json = "--json" in sys.argv
     try:
-        app()
+        sys.exit(app(standalone_mode=not as_json))
     except KeyboardInterrupt:  # a second Ctrl-C: workers are dead, what is committed is safe
         sys.exit(130)
+    except typer.TyperException as error:  # an unknown option, a missing argument
+        print_json({"error": "UsageError", "message": error.format_message(), "exit_code": error.exit_code})
+        sys.exit(error.exit_code)
     except ReasonrunError as error:
         if as_json:
-            print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+            print_json(error_document(error))
         else:
-            err.print(f"{_label(error)}: {error}", markup=False, highlight=False, soft_wrap=True)
+            err.print(printable(f"{_label(error)}: {error}"), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
         sys.exit(error.exit_code)
+
+
+def error_document(error: ReasonrunError) -> dict[str, Any]:
+    """What ``--json`` prints about an error; every mistake of a recipe by itself too."""
+    document = {"error": type(error).__name__, "message": printable(str(error)), "exit_code": error.exit_code}
+    problems = [asdict(problem) for problem in getattr(error, "problems", ())]
+    return {**document, "problems": problems} if problems else document
 
 
 def _label(error: ReasonrunError) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typer
 from pydantic import ValidationError
 
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.errors import RecipeError
 from reasonrun.planning import Assumptions, format_plan, plan
@@ -19,7 +18,7 @@ def plan_command(recipe: str, overrides: list[str], assume: list[str], *, as_jso
         print_json(outcome.to_json())
         return
     for line in format_plan(outcome):
-        typer.echo(line)
+        echo(line)
 
 
 def parse_assumptions(pairs: list[str]) -> Assumptions:

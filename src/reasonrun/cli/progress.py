@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from reasonrun.report.printable import printable
+
 QUIET_SECONDS = 30.0
 
 
@@ -34,7 +36,7 @@ class PlainProgress:
 
     def say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class BarProgress:
@@ -74,7 +76,7 @@ class BarProgress:
         self.say(f"{step}: {summary}")
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class SilentProgress:

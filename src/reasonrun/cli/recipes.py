@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_errors import nearest
 from reasonrun.recipe_files import recipes_dir, shipped
@@ -32,7 +30,7 @@ def recipes(action: str | None, name: str | None, destination: Path | None, *, a
             return
         width = max((len(known) for known in purposes), default=0)
         for known, purpose in purposes.items():
-            typer.echo(f"{known:{width}}  {purpose}")
+            echo(f"{known:{width}}  {purpose}")
         return
     if action != "copy" or name is None:
         raise RecipeError(
@@ -42,7 +40,7 @@ def recipes(action: str | None, name: str | None, destination: Path | None, *, a
     if as_json:
         print_json({"copied": name, "to": str(target)})
     else:
-        typer.echo(f"copied {name} to {target}; check it with `reasonrun check {target}`")
+        echo(f"copied {name} to {target}; check it with `reasonrun check {target}`")
 
 
 def copy_recipe(name: str, destination: Path) -> Path:

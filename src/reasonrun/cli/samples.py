@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.report.rollout_text import describe_page, describe_rollout, page_document
 from reasonrun.report.rollouts import RolloutFilters, read_rollouts
 from reasonrun.report.run_record import open_run
@@ -21,7 +19,7 @@ def samples_command(run: Path, filters: RolloutFilters, *, with_prompt: bool, as
         return
     for shown in page.shown:
         for line in describe_rollout(shown, with_prompt=with_prompt):
-            typer.echo(line)
-        typer.echo("")
+            echo(line)
+        echo("")
     for line in describe_page(record, page):
-        typer.echo(line)
+        echo(line)

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 from reasonrun.report.run_record import attempt_notes, check_is_run
@@ -23,16 +21,16 @@ def status_command(run: Path | None, *, as_json: bool) -> None:
             print_json(state)
             return
         for line in describe(run, state):
-            typer.echo(line)
+            echo(line)
         return
     runs = sorted(path.parent for path in Path("runs").glob("*/run.json"))
     states = {str(path): read_run(path) for path in runs}
     if as_json:
         print_json(states)
     elif not states:
-        typer.echo("no runs under ./runs; start one with: reasonrun train star_arith")
+        echo("no runs under ./runs; start one with: reasonrun train star_arith")
     for path, state in {} if as_json else states.items() if states else ():
-        typer.echo(f"{path}  {state['state']}  {state['num_steps']} steps committed")
+        echo(f"{path}  {state['state']}  {state['num_steps']} steps committed")
 
 
 def read_run(run: Path) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.contracts import Submission
 from reasonrun.ledger.catalogue import check_is_ours, finished_content
 from reasonrun.ledger.files import Files
@@ -73,8 +71,8 @@ def _show(submission: Submission, folder: Path, *, as_json: bool) -> None:
         paths = {"script": str(submission.script), "log": str(submission.log)}
         print_json({"directory": str(folder), "job_id": submission.job_id, "queue": submission.queue, **paths})
         return
-    typer.echo(f"submitted: {submission.queue} job {submission.job_id}, which runs the same command")
-    typer.echo(f"script: {submission.script}")
-    typer.echo(f"log:    {submission.log}")
+    echo(f"submitted: {submission.queue} job {submission.job_id}, which runs the same command")
+    echo(f"script: {submission.script}")
+    echo(f"log:    {submission.log}")
     for command in submission.follow:
-        typer.echo(f"follow: {command}")
+        echo(f"follow: {command}")

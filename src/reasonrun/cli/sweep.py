@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress
 from reasonrun.cli.submitting import own_arguments, submitted
 from reasonrun.errors import RecipeError
@@ -68,7 +67,7 @@ def sweep_command(request: SweepRequest) -> int:
         print_json(document)
         return exit_code
     for line in format_markdown(table) if request.as_markdown else format_text(table):
-        typer.echo(line)
+        echo(line)
     return exit_code
 
 

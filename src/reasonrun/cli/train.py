@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.cli.progress import BarProgress, PlainProgress, SilentProgress
 from reasonrun.cli.submitting import submitted_run
 from reasonrun.errors import Finding
@@ -62,7 +62,7 @@ def train_command(
     if not outcome.already_finished and not as_json:
         rows = read_lines(outcome.directory / "metrics.jsonl")
         for line in format_comparison(compare(plan(resolved, Assumptions(), SilentProgress()), rows)):
-            typer.echo(line)
+            echo(line)
     if outcome.result.get("findings"):
         raise typer.Exit(Finding.exit_code)
 
@@ -71,19 +71,19 @@ def show(outcome: Outcome) -> None:
     """The end of a run as a person reads it."""
     directory = outcome.directory
     if outcome.already_finished:
-        typer.echo(f"{directory} is finished; nothing to do")
+        echo(f"{directory} is finished; nothing to do")
     rows = read_lines(directory / "metrics.jsonl")
-    typer.echo("")
+    echo("")
     for line in format_table(round_table(rows, attempt_notes(directory))):
-        typer.echo(line)
-    typer.echo("")
+        echo(line)
+    echo("")
     for line in format_result(outcome.result):
-        typer.echo(line)
+        echo(line)
     for finding in outcome.result.get("findings", ()):
-        typer.echo(f"finding: {finding}")
+        echo(f"finding: {finding}")
     for line in format_spending(spending(directory, rows)):
-        typer.echo(line)
+        echo(line)
     last = outcome.result["last"]["step"]
     model = directory / "steps" / last / "model" if last != "base" else "the base model"
-    typer.echo(f"model: {model}")
-    typer.echo(f"run:   {directory} (metrics.jsonl, steps/)")
+    echo(f"model: {model}")
+    echo(f"run:   {directory} (metrics.jsonl, steps/)")

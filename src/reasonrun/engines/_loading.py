@@ -57,13 +57,15 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: str, trusted
     try:
         config = AutoConfig.from_pretrained(folder.path, **options)
         _check_layers(config.get_text_config(), folder)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder.path,
             config=config,
             dtype=find_dtype(dtype, device),
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
+        _check_complete(sorted(loaded["missing_keys"]), folder)
         model = model.to(device).eval()
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(
@@ -137,6 +139,15 @@ def longest_window(config: Any) -> int | None:
         return None
     kinds = getattr(config, "layer_types", None)
     return int(window) if kinds is None or "sliding_attention" in kinds else None
+
+
+def _check_complete(missing: list[str], folder: ModelFolder) -> None:
+    """transformers draws weights that the files lack at random, and only warns."""
+    if missing:
+        raise EnvironmentProblem(
+            f"The weight files in {folder.path} lack {len(missing)} of the model's weights: {', '.join(missing[:3])} …",
+            hint="Copy or download the folder again; if config.json is of another model, take its own.",
+        )
 
 
 def _check_layers(config: Any, folder: ModelFolder) -> None:

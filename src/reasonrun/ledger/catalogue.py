@@ -31,6 +31,11 @@ def step_states(run_path: Path) -> dict[str, StepState]:
     return states
 
 
+def holds_work(run_path: Path) -> bool:
+    """Whether a step was begun that does more than read problems: something was sampled, graded, trained."""
+    return any(not name.startswith("problems/") for name in step_states(run_path))
+
+
 def stored_fingerprint(run_path: Path, name: str) -> Any:
     """The fingerprint in a step's ``step.json``; None when the step was never begun. Raises RunFailed on damage."""
     path = run_path / "steps" / name / STEP_NAME

@@ -20,7 +20,7 @@ from reasonrun.contracts import Grader, Task
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.grading.answers import read_number, write_number
 from reasonrun.grading.number import NumberGrader
-from reasonrun.question_files import Row, check_row, duplicates, read_json_lines, refuse
+from reasonrun.question_files import Row, check_row, duplicates, read_json_lines, refuse, same_file
 from reasonrun.records import Message, Problem, digest
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -79,6 +79,11 @@ class Gsm8k(Task):
             raise RecipeError(
                 "task gsm8k: test_path is given without train_path",
                 hint="add task.train_path, the file of training rows",
+            )
+        if same_file(config.train_path, config.test_path):
+            raise RecipeError(
+                f"task gsm8k: train_path and test_path are both {config.test_path}: a test on what was trained on says nothing",
+                hint="give another file as task.test_path",
             )
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -188,7 +193,9 @@ class Gsm8k(Task):
             if key in in_train
         ]
         if faults:
-            refuse(faults, hint='a good row: {"question": "…", "answer": "… #### 72"}')
+            leaks = any(" is also in train, as " in fault for fault in faults)
+            advice = "take the test questions out of the file of train, or the copies out of test; " if leaks else ""
+            refuse(faults, hint=advice + 'a good row: {"question": "…", "answer": "… #### 72"}')
         return problems
 
     @cached_property

@@ -22,7 +22,7 @@ from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER, Decision, Judge
 from reasonrun.judge_files import JudgeItem, JudgePair, Layout, read_items, rubric_for_pairs
 from reasonrun.judging import judging_section
 from reasonrun.prompts import judge as words
-from reasonrun.question_files import duplicates, refuse
+from reasonrun.question_files import duplicates, refuse, same_file
 from reasonrun.records import Graded, Message, Problem, digest
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
@@ -87,6 +87,11 @@ class Judge(Task):
             raise RecipeError(
                 f"task judge: the items come from one of {', '.join(ways)}; given: {', '.join(given) or 'none'}",
                 hint="name the file with task.data (reasonrun eval judge --data FILE), or files to train on with task.path",
+            )
+        if same_file(config.train_path, config.test_path):
+            raise RecipeError(
+                f"task judge: train_path and test_path are both {config.test_path}: a test on what was trained on says nothing",
+                hint="give another file as task.test_path, or leave it out and set task.num_test",
             )
         self._decision: Decision = "choice" if config.mode == "pairwise" else "score"
         if self._decision == "choice":
