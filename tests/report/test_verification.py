@@ -426,3 +426,18 @@ def test_nothing_is_found_wherever_a_run_was_interrupted(
         if (path / "run.json").exists():
             assert found(path, deep=True) == []
     assert num_interrupted >= 3
+
+
+def test_a_run_of_a_build_with_other_digests_is_noted_and_not_called_damaged(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reasonrun.report.sealed_rows.ScoreFacts.digest", lambda *_: "computed otherwise")
+    verification = verify_run(finished, deep=True)
+    assert not verification.damages and "joins by digest are not checked" in verification.notes[0].what
+
+
+def test_a_result_without_the_form_of_its_verb_is_named(finished: Path) -> None:
+    reseal(finished / "steps/round-001/star_rows", lambda content: content["result"].update(kind="unheard of"))
+    assert any(
+        "have not the form of a curate step (KeyError('unheard of'))" in line for line in found(finished, deep=True)
+    )

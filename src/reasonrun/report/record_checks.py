@@ -220,8 +220,8 @@ def _digests_of_steps(step: StepFacts) -> list[str]:
     if step.verb == "train":
         return list(fingerprint.get("rows", []))
     if step.verb == "logprobs":
-        return [fingerprint["pairs"]]
-    return [fingerprint["policy"], fingerprint["reference"]] if step.verb == "evaluate_pairs" else []
+        return [fingerprint.get("pairs", "")]
+    return [fingerprint.get("policy", ""), fingerprint.get("reference", "")] if step.verb == "evaluate_pairs" else []
 
 
 def _inputs(step: StepFacts, steps: Mapping[str, StepFacts]) -> list[StepFacts]:

@@ -35,7 +35,7 @@ def record_types(step: StepFacts) -> dict[str, type[Record]]:
 
         return {"rows": PairLogprobs}
     if step.verb in ("curate", "cut"):
-        return {"rows": CHOSEN_TYPES[step.result["kind"]], "left_out": LeftOut}
+        return {"rows": CHOSEN_TYPES[step.result.get("kind", "sft")], "left_out": LeftOut}
     tables: dict[str, dict[str, type[Record]]] = {
         "problems": {"rows": Problem},
         "sample": {"rows": Rollout},
@@ -96,6 +96,8 @@ class SealedRows:
 
     def __init__(self, path: Path, steps: Mapping[str, StepFacts]) -> None:
         self.path, self.steps = path, dict(steps)
+        self.computes_digests_so = True
+        """Whether fingerprints hold digests of graded sets as this version computes them; false for some older runs."""
         self._rollouts: dict[str, RolloutFacts] = {}
         self._scores: dict[str, ScoreFacts] = {}
 
@@ -146,6 +148,16 @@ class SealedRows:
             return None
         rollouts, scores = self.rollouts(sampled), self.scores(step)
         return (rollouts, scores) if rollouts.num_rows == len(scores.values) else None
+
+
+def computes_digests_so(rows: SealedRows) -> bool:
+    """Whether any graded set has the digest that a step read it under, or none was read."""
+    fingerprints = [step.fingerprint for step in rows.steps.values()]
+    parts = [found["parts"] for found in fingerprints if isinstance(found.get("parts"), dict)]
+    wanted = {wanted for found in parts for wanted in found.values()}
+    wanted |= {found["graded"] for found in fingerprints if "graded" in found}
+    held = (graded for name in rows.steps if (graded := rows.graded(name)) is not None)
+    return not wanted or any(scores.digest(rollouts) in wanted for rollouts, scores in held)
 
 
 def _rollout_facts(parts: Iterator[Rows[Rollout]]) -> RolloutFacts:
