@@ -165,6 +165,7 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
         finding.hint = "\n  ".join(filter(None, [finding.hint, _best_so_far(lab)]))
         raise
     run_dir = context.run_dir
+    run_dir.write_projection("metrics.jsonl", context.rows)  # before anything is pruned: it names what is there
     unreached = run_dir.unreached()
     if unreached and options.prune:
         run_dir.prune(unreached)
@@ -173,7 +174,6 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
             f"{len(unreached)} committed steps are not part of this recipe any more and are left out of every report:"
             f" {', '.join(sorted(unreached)[:5])}. --prune removes them"
         )
-    run_dir.write_projection("metrics.jsonl", context.rows)
     run_dir.finish(result)
     return Outcome(directory=run_dir.path, result=result, rows=context.rows)
 

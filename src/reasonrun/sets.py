@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -186,9 +186,7 @@ def _cached(
 
     A cache is trusted while its size and time are those it had when it was finished and its shards are the same.
     """
-    name = digest([record_type.__name__, *(os.path.relpath(path, cache_dir) for path in paths)])
-    cache_path, note_path = cache_dir / f"{name}.arrow", cache_dir / f"{name}.json"
-    key = {"format": _CACHE_FORMAT, "schema": str(arrow_schema(record_type)), "shards": _shard_keys(paths, digests)}
+    cache_path, note_path, key = _cache_of(record_type, paths, cache_dir, digests)
     batches = _read_cache(cache_path, note_path, key)
     if batches is None:
         try:
@@ -205,6 +203,15 @@ def _cached(
     if batches is None:
         raise RunFailed(f"The cache {cache_path} changes while it is read.", hint="run the same command again")
     return batches
+
+
+def _cache_of(
+    record_type: type[Record], paths: list[Path], cache_dir: Path, digests: Sequence[str] | None
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Cache file, the note that vouches for it, and what the note must say."""
+    name = digest([record_type.__name__, *(os.path.relpath(path, cache_dir) for path in paths)])
+    key = {"format": _CACHE_FORMAT, "schema": str(arrow_schema(record_type)), "shards": _shard_keys(paths, digests)}
+    return cache_dir / f"{name}.arrow", cache_dir / f"{name}.json", key
 
 
 def _shard_keys(paths: list[Path], digests: Sequence[str] | None) -> list[list[Any]]:
@@ -232,7 +239,7 @@ def _build_cache(
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, arrow_schema(record_type)) as writer:
             for path in paths:
-                for batch in _read_shard(path, arrow_schema(record_type)):
+                for batch in read_shard(path, arrow_schema(record_type)):
                     writer.write_batch(batch)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # size and time, which the note goes by, may be on disk before the rows are
@@ -245,7 +252,32 @@ def _build_cache(
         temporary.unlink(missing_ok=True)
 
 
-def _read_shard(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def differing_cache(record_type: type[Record], parquet_paths: Sequence[Path], cache_dir: Path) -> Path | None:
+    """The cache of these shards when it would be trusted and holds other rows than they do; None when all is well.
+
+    Raises:
+        RunFailed: a shard is damaged.
+    """
+    cache_path, note_path, key = _cache_of(record_type, list(parquet_paths), cache_dir, None)
+    batches = _read_cache(cache_path, note_path, key)
+    if batches is None:
+        return None
+    sealed = (batch for path in parquet_paths for batch in read_shard(path, arrow_schema(record_type)))
+    return None if all(_is_equal(*pair) for pair in zip_longest(batches, sealed)) else cache_path
+
+
+def _is_equal(cached: pa.RecordBatch | None, sealed: pa.RecordBatch | None) -> bool:
+    if cached is None or sealed is None:
+        return False
+    try:
+        cached.validate(full=True)  # reading offsets that point anywhere could end the process
+    except ValueError:
+        return False
+    return bool(cached.equals(sealed)) or repr(cached.to_pylist()) == repr(sealed.to_pylist())  # NaN is not itself
+
+
+def read_shard(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows of one sealed shard, in batches of ``BATCH_ROWS``. Raises RunFailed when it is damaged."""
     import pyarrow.parquet as pq  # a set in memory does not need it
 
     try:

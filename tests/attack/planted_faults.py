@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from reasonrun.ledger import seals, steps, tables, wal
+from reasonrun.ledger import seals, steps, tables, wal_lines
 from reasonrun.ledger.files import AppendFile, FileEntry, Files, NewFile, decode_json
 from reasonrun.ledger.seals import OK_NAME
 from reasonrun.ledger.steps import OpenStep
@@ -85,7 +85,7 @@ def log_without_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
         number = line[10 : line.find(b",")]
         return int(number) if number.lstrip(b"-").isdigit() else None
 
-    monkeypatch.setattr(wal, "_ordinal", ordinal)
+    monkeypatch.setattr(wal_lines, "ordinal_of", ordinal)
 
 
 def torn_tail_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,30 @@ def compare(
     compare_command(runs, as_json=as_json)
 
 
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file and every row, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a run is as it was written; everything that is damaged at once. Changes nothing."""
+    from reasonrun.cli.verify import verify_command
+
+    raise typer.Exit(verify_command(run, deep=deep, as_json=as_json))
+
+
+@app.command()
+def repair(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this only say what would be done.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Move what is damaged, and all that was made from it, to quarantine, so that train makes it again."""
+    from reasonrun.cli.repair import repair_command
+
+    raise typer.Exit(repair_command(run, do_it=yes, as_json=as_json))
+
+
 @app.command(name="eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.")],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from reasonrun.errors import RunConflict, RunFailed
-from reasonrun.ledger.files import Files, decode_json
+from reasonrun.ledger.files import Files, decode_json, encode_json
 from reasonrun.ledger.lock import LOCK_NAME
 from reasonrun.ledger.seals import OK_NAME, read_seal, verify_files
 from reasonrun.ledger.steps import STEP_NAME, Committed, check_step_name, redo_hint
@@ -70,6 +71,12 @@ def dependents_first(name: str, inputs: Mapping[str, list[str]]) -> list[str]:
     return order
 
 
+def closure(run_path: Path, names: Iterable[str]) -> list[str]:
+    """Steps and all that depends on them, each after everything that depends on it."""
+    inputs = {step: step_inputs(run_path, step) for step in step_states(run_path)}
+    return list(dict.fromkeys(step for name in names for step in dependents_first(name, inputs)))
+
+
 def run_identity(path: Path) -> dict[str, Any]:
     try:
         identity: dict[str, Any] = decode_json((path / RUN_NAME).read_bytes())["identity"]
@@ -79,6 +86,11 @@ def run_identity(path: Path) -> dict[str, Any]:
             hint="restore the file, or start again with --run NEW",
         ) from error
     return identity
+
+
+def identity_digest(identity: Any) -> str:
+    """What ``run.json`` holds beside the identity, so that a change by hand is noticed."""
+    return hashlib.sha256(encode_json(identity, sort_keys=True)).hexdigest()[:32]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ LOCK_NAME = "lock"
 _RECORD_WAIT_SECONDS = 1.0  # between locking and writing its record an owner is anonymous
 _DYING_WAIT_SECONDS = 5.0  # a killed process keeps its locks until the kernel has cleaned up
 _POLL_SECONDS = 0.05
+_KERNEL_LOCKS = Path("/proc/locks")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,30 @@ def read_owner(lock_path: Path) -> Owner | None:
         return Owner(int(value["pid"]), float(value["started"]), value["host"], value["command"], float(value["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def holder(lock_path: Path) -> Owner | None:
+    """The live process of this machine that holds the lock, found without trying to take it; None when there is none.
+
+    A process that has let go of the lock and lives on, such as a sweep, does not count where the kernel lists locks.
+    """
+    owner = read_owner(lock_path)
+    if owner is None or owner.host != socket.gethostname() or owner.is_dead:
+        return None
+    try:
+        listed = [line.split() for line in _KERNEL_LOCKS.read_text().splitlines()]
+    except OSError:
+        listed = []
+    if not listed:
+        return None if owner.pid == os.getpid() else owner
+    inode = str(lock_path.stat().st_ino)
+    # number: FLOCK ADVISORY WRITE pid major:minor:inode start end
+    held = any(
+        fields[1] == "FLOCK" and fields[4] == str(owner.pid) and fields[5].split(":")[-1] == inode
+        for fields in listed
+        if len(fields) >= 6
+    )
+    return owner if held else None
 
 
 class RunLock:

@@ -14,10 +14,10 @@ from reasonrun.ledger.catalogue import (
     RUN_NAME,
     StepState,
     check_is_ours,
-    dependents_first,
+    closure,
     finished_content,
+    identity_digest,
     run_identity,
-    step_inputs,
     step_states,
     stored_fingerprint,
 )
@@ -31,7 +31,6 @@ from reasonrun.ledger.steps import (
     Committed,
     OpenStep,
     check_step_name,
-    is_scratch,
     own_entries,
     redo_hint,
     tidy,
@@ -219,39 +218,40 @@ class RunDir:
             raise RecipeError(
                 f"The run {self.path} has no step {name!r}.", hint=f"its steps: {', '.join(near) or 'none'}"
             )
-        order = dependents_first(name, {step: step_inputs(self.path, step) for step in states})
+        return self.set_aside([name])
+
+    def set_aside(self, steps: Iterable[str], files: Iterable[Path] = ()) -> list[str]:
+        """Move steps, with every step that depends on their results, and files that are no step's to quarantine.
+
+        Returns:
+            The names of the steps that moved, dependents first; those given may be gone already.
+        """
+        self._held_attempt()
+        present = self.steps()
+        order = [step for step in closure(self.path, steps) if step in present]
         folder = self._quarantine.new_folder()
         self._unfinish(folder)
         for step in order:
             self._open_steps.pop(step, None)
             self.reached.discard(step)
             self._quarantine.set_aside(own_entries(self.path / "steps" / step), folder)
+        self._quarantine.set_aside([path for path in files if path.exists()], folder)
         return order
 
     def prune(self, names: Iterable[str]) -> None:
         """Delete steps that the method no longer reaches. Raises RunConflict for one that it has reached."""
         self._held_attempt()
-        for name in names:
+        chosen = sorted(names)
+        for name in chosen:
             check_step_name(name)
             if name in self.reached:
                 raise RunConflict(
                     f"Step {name} is in use and cannot be pruned.", hint=f"make it again with --redo {name}"
                 )
+        for name in [step for step in closure(self.path, chosen) if step in chosen]:  # never an input before its reader
             for path in own_entries(self.path / "steps" / name):
                 self.files.remove(path)
                 self.files.sync_folder(path.parent)  # the seal comes first and must not outlive what it vouches for
-
-    def repair(self, name: str) -> int:
-        """Keep the rows of an unfinished step's logs that verify. Returns the number of lines given up."""
-        from reasonrun.ledger import wal  # numpy is slow to import
-
-        self._held_attempt()
-        check_step_name(name)
-        folder = self._quarantine.new_folder() / "steps" / name
-        logs = [
-            path for path in own_entries(self.path / "steps" / name) if is_scratch(path) and path.suffix == ".jsonl"
-        ]
-        return sum(wal.repair(path, self.files, lambda aside: folder / aside) for path in logs)
 
     def amend(self, identity: Mapping[str, Any]) -> None:
         """Replace the stored identity: for a change that the caller allows, such as more rounds.
@@ -297,5 +297,6 @@ class RunDir:
 
 
 def _write_identity(path: Path, identity: Mapping[str, Any], files: Files) -> None:
-    data = encode_json({"format": FORMAT, "identity": identity}, indent=1) + b"\n"
+    value = {"format": FORMAT, "digest": identity_digest(identity), "identity": identity}
+    data = encode_json(value, indent=1) + b"\n"
     files.write_atomic(path / RUN_NAME, data, "run")

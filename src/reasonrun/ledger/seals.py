@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,21 @@ def verify_files(folder: Path, seal: Seal, files: Files, *, deep: bool, hint: st
     Raises:
         RunFailed: a file is missing or differs; the message names the first one.
     """
+    for name, problem in damaged_files(folder, seal, files, deep=deep):
+        raise RunFailed(f"Committed data is damaged: {folder / name} {problem}.", hint=hint)
+
+
+def damaged_files(folder: Path, seal: Seal, files: Files, *, deep: bool) -> Iterator[tuple[str, str]]:
+    """Relative path of each sealed file that is missing or differs, and in which way; see ``verify_files``."""
     for name, entry in seal.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size < 0:
-            problem = "is missing"
+            yield name, "is missing"
         elif size != entry.size:
-            problem = f"has {size} bytes instead of {entry.size}"
+            yield name, f"has {size} bytes instead of {entry.size}"
         elif deep and files.hash(path) != entry.sha256:
-            problem = "does not match its SHA-256"
-        else:
-            continue
-        raise RunFailed(f"Committed data is damaged: {path} {problem}.", hint=hint)
+            yield name, "does not match its SHA-256"
 
 
 def _plain(entries: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:

@@ -1,16 +1,10 @@
-"""The write-ahead log of a running step: one JSON line per row, each with its CRC.
-
-A line is 8 hex digits of CRC-32 (zlib), a space, ``[ordinal,record]`` as compact JSON, a newline. Ordinal -1 marks how
-many bytes had been flushed to disk when the line was written, which tells a hole left by a loss of power (rows that
-were never safe) from damage to rows that were.
-"""
+"""The write-ahead log of a running step: one JSON line per row, each with its CRC (``wal_lines``)."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from reasonrun.errors import ReasonrunError, RunFailed
-from reasonrun.ledger.files import Files, decode_json, encode_json
+from reasonrun.ledger.files import Files
+from reasonrun.ledger.wal_lines import FLUSHED, encode_line, examine_log, is_same_row, ordinal_of, record_of
 
 FLUSH_SECONDS = 2.0
 """Longest time that a logged row is not yet on disk, whether or not others follow it."""
 
-_FLUSHED = -1
 _MAX_ORDINAL = 10**9
 _READ_BYTES = 1 << 14
 
@@ -92,17 +86,17 @@ class Wal:
         for ordinal, record in records:
             if not 0 <= ordinal <= _MAX_ORDINAL:
                 raise ValueError(f"ordinal {ordinal} is not between 0 and {_MAX_ORDINAL}")
-            line = _encode(ordinal, record)
+            line = encode_line(ordinal, record)
             known = lines.get(ordinal) or (self._line(ordinal) if ordinal in self else None)
             if known is None:
                 lines[ordinal] = line
-            elif not _equal(known, line):
+            elif not is_same_row(known, line):
                 raise self._different(ordinal)
         if not lines:
             return
         mark = b""
         if self._marked_to < self._flushed_to:
-            mark = _encode(_FLUSHED, self._flushed_to)
+            mark = encode_line(FLUSHED, self._flushed_to)
             self._marked_to = self._flushed_to
         with self._writing:
             offset = self._file.write(mark + b"".join(lines.values())) + len(mark)
@@ -141,9 +135,9 @@ class Wal:
         if ordinal not in self:
             raise KeyError(ordinal)
         line = self._line(ordinal)
-        if _ordinal(line) != ordinal:
+        if ordinal_of(line) != ordinal:
             raise self._damage(int(self._offsets[ordinal]))
-        row: dict[str, Any] = _record(line)
+        row: dict[str, Any] = record_of(line)
         return row
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -220,28 +214,14 @@ class Wal:
 
     def _scan(self) -> int:
         """Index every good line and return the offset where the usable part ends."""
-        offset, first_hole, flushed_to = 0, -1, 0
-        with self._files.explaining(self.path), open(self.path, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                ordinal = _ordinal(line)
-                if ordinal is None:
-                    # Blocks that never reached the disk read as NUL, which no line of ours contains.
-                    if b"\0" not in line:
-                        raise self._damage(offset)
-                    first_hole = offset if first_hole < 0 else first_hole
-                elif ordinal == _FLUSHED:
-                    flushed_to = max(flushed_to, _record(line))
-                elif first_hole < 0:
-                    self._add_scanned(ordinal, line, offset)
-                offset += len(line)
-        if 0 <= first_hole < flushed_to:
-            raise self._damage(first_hole)
-        return offset if first_hole < 0 else first_hole
+        with self._files.explaining(self.path):
+            extent = examine_log(self.path, self._add_scanned, stop_at_damage=True)
+        if extent.damaged:
+            raise self._damage(extent.damaged[0])
+        return extent.end
 
     def _add_scanned(self, ordinal: int, line: bytes, offset: int) -> None:
-        if ordinal in self and not _equal(self._line(ordinal), line):
+        if ordinal in self and not is_same_row(self._line(ordinal), line):
             raise self._different(ordinal)
         self._index(ordinal, offset)
 
@@ -268,10 +248,10 @@ def repair(path: Path, files: Files, set_aside: Callable[[str], Path]) -> int:
     by_ordinal: dict[int, set[bytes]] = {}
     num_lost = 0
     for line in data.splitlines(keepends=True):
-        ordinal = _ordinal(line)
+        ordinal = ordinal_of(line)
         if ordinal is None:
             num_lost += 1
-        elif ordinal != _FLUSHED:  # marks count bytes of the old file
+        elif ordinal != FLUSHED:  # marks count bytes of the old file
             by_ordinal.setdefault(ordinal, set()).add(line)
     kept = [next(iter(same)) for same in by_ordinal.values() if len(same) == 1]
     num_lost += sum(len(same) for same in by_ordinal.values() if len(same) > 1)
@@ -287,26 +267,3 @@ def _open_to_read(path: Path, files: Files) -> int:
     if is_new:
         files.sync_folder(path.parent)
     return descriptor
-
-
-def _encode(ordinal: int, record: Any) -> bytes:
-    body = b"[%d," % ordinal + encode_json(record) + b"]"
-    return b"%08x %s\n" % (zlib.crc32(body), body)
-
-
-def _ordinal(line: bytes) -> int | None:
-    """The ordinal of one line, or None when the line is damaged."""
-    body = line[9:-1]
-    if line[8:9] != b" " or line[-1:] != b"\n" or line[:8] != b"%08x" % zlib.crc32(body):
-        return None
-    number = body[1 : body.find(b",")]
-    return int(number) if number.lstrip(b"-").isdigit() else None
-
-
-def _record(line: bytes) -> Any:
-    """The record of a line that verifies."""
-    return decode_json(line[line.index(b",") + 1 : -2])
-
-
-def _equal(first: bytes, second: bytes) -> bool:
-    return first == second or bool(_record(first) == _record(second))
