@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(VENV)/vllm
 
-.PHONY: demo test check heavy vllm slurm fmt smoke bench tiny clean install
+.PHONY: demo test check heavy attack vllm slurm fmt smoke bench tiny clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -24,6 +24,9 @@ test: install
 heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
 	$(BIN)/python -m pytest -m heavy
+
+attack: install
+	$(BIN)/python -m pytest -m attack tests/attack
 
 vllm: install $(VLLM)/.installed
 
