@@ -20,6 +20,7 @@ from reasonrun.field_catalogue import matching, section_fields, sections
 from reasonrun.recipe import load
 from reasonrun.recipe_fields import fields_of
 from reasonrun.recipe_files import shipped
+from reasonrun.recipe_values import SECTIONS
 from reasonrun.settings import WHEN_CHANGED, Effect
 
 
@@ -125,7 +126,7 @@ def test_a_class_of_ones_own_is_explained_through_its_recipe(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["star_arith", "step_dpo_arith_teacher", "score_gsm8k", "self_rationalize_feedback"])
 def test_every_field_of_a_recipe_can_be_explained(name: str) -> None:
     for path, field in load(name).fields.items():
-        if path in {"method", "task", "engine", "launcher", "model", "models"}:  # listed by what can be chosen
+        if path in {*SECTIONS, "models", "trackers"}:  # listed by what can be chosen
             continue
         same = [known for known in matching(path) if known.field.description == field.description]
         assert same, path
