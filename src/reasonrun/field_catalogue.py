@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reasonrun import plugins
 from reasonrun.errors import RecipeError
-from reasonrun.recipe import ResolvedRecipe
-from reasonrun.recipe_compose import compose
 from reasonrun.recipe_fields import ModelSettings, RecipeField, RoleModelSettings, fields_of, recipe_model
 from reasonrun.recipe_files import recipes_dir
 from reasonrun.recipe_values import SECTIONS, expand_names
 from reasonrun.settings import Settings
+
+if TYPE_CHECKING:
+    from reasonrun.recipe import ResolvedRecipe
 
 ROLE = "ROLE"
 _PLUGIN_KINDS: dict[str, Any] = {
@@ -85,10 +86,8 @@ def matching(key: str) -> list[CatalogueField]:
     everything = [field for section in sections() for field in section_fields(section)]
     found = [field for field in everything if field.path.endswith(f".{wanted}")]
     if not found:
-        guesses = _guesses(wanted, everything)
-        also = f"; nearest: {', '.join(guesses)}" if guesses else ""
         raise RecipeError(
-            f"no recipe has a field {key!r}{also}",
+            f"no recipe has a field {key!r}{_nearest(wanted, everything)}",
             hint=f"sections are {', '.join(sections())}; reasonrun explain SECTION lists the fields of one",
         )
     return found
@@ -96,6 +95,8 @@ def matching(key: str) -> list[CatalogueField]:
 
 def origin(recipe: ResolvedRecipe, overrides: list[str], path: str) -> Origin | None:
     """What a recipe says about the field at ``path``; None when it has no such field."""
+    from reasonrun.recipe_compose import compose  # with Hydra, which the catalogue itself does without
+
     keys = [int(part) if part.isdigit() else part for part in path.split(".")]
     value: Any = recipe.resolved
     for key in keys:
@@ -118,20 +119,24 @@ def _has(data: Any, key: str | int) -> bool:
     return isinstance(data, dict) and key in data
 
 
-def of_recipe(recipe: ResolvedRecipe, found: Iterable[CatalogueField], key: str) -> list[CatalogueField]:
-    """The fields that ``recipe`` itself has, those of its own classes included, and of trackers and models one each.
+def of_recipe(recipe: ResolvedRecipe, key: str) -> list[CatalogueField]:
+    """The fields of ``recipe`` that a key names, those of classes of the user's own included.
 
     Raises:
-        RecipeError: its parts have no such field.
+        RecipeError: its parts have no such field; the nearest ones are in the message.
     """
-    wanted = {_generic(key), *(field.path for field in found)}
-    named = [path for path in recipe.fields if _generic(path) in wanted]
-    if not named:
-        parts = ", ".join(
-            f"{section} {recipe.resolved[section]['name']}" for section in _PLUGIN_KINDS if section != "trackers"
+    wanted = _generic(key)
+    everything = [_in_recipe(recipe, path) for path in recipe.fields]
+    found = [field for field in everything if _generic(field.path) == wanted]
+    found = found or [field for field in everything if _generic(field.path).endswith(f".{wanted}")]
+    if not found:
+        sections_used = [section for section in _PLUGIN_KINDS if section != "trackers"]
+        parts = ", ".join(f"{section} {recipe.resolved[section]['name']}" for section in sections_used)
+        raise RecipeError(
+            f"the recipe {recipe.name} has no field {key!r}{_nearest(wanted, everything)}",
+            hint=f"it is made of {parts}; reasonrun explain {key} looks in all others, too",
         )
-        raise RecipeError(f"the recipe {recipe.name} has no field {key!r}: it is made of {parts}")
-    return [_in_recipe(recipe, path) for path in named]
+    return found
 
 
 def _in_recipe(recipe: ResolvedRecipe, path: str) -> CatalogueField:
@@ -167,7 +172,12 @@ def _generic(key: str) -> str:
     return ".".join(part for part in parts if not (parts[0] == "trackers" and part.isdigit()))
 
 
-def _guesses(wanted: str, everything: Iterable[CatalogueField]) -> list[str]:
+def _nearest(wanted: str, everything: Iterable[CatalogueField]) -> str:
+    guesses = _guesses(wanted, list(everything))
+    return f"; nearest: {', '.join(guesses)}" if guesses else ""
+
+
+def _guesses(wanted: str, everything: Sequence[CatalogueField]) -> list[str]:
     """Paths whose end is spelt nearly so, then those whose meaning has all words of the last key."""
     by_end: dict[str, list[str]] = {}
     for field in everything:

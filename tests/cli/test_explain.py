@@ -101,7 +101,7 @@ def test_other_mistakes_exit_with_2(tmp_path: Path) -> None:
     for arguments in ([], ["7"], ["method.rounds", "seed=1"], ["method.alpha", "--recipe", "star_arith"]):
         done = reasonrun_cli(tmp_path, "explain", *arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, arguments
-    assert "star_arith has no field 'method.alpha': it is made of method star" in done.stderr
+    assert "star_arith has no field 'method.alpha'" in done.stderr and "it is made of method star" in done.stderr
 
 
 def test_a_section_lists_its_choices(tmp_path: Path) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import textwrap
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import typer
 
 from reasonrun.cli.main import print_json
 from reasonrun.errors import EXIT_CODES, ExitCode, ExitMeaning, RecipeError
-from reasonrun.field_catalogue import CatalogueField, Origin, matching, of_recipe, origin, section_fields, sections
-from reasonrun.recipe import load
-from reasonrun.recipe_errors import models_in
-from reasonrun.recipe_schema import schema_text, type_in_words, value_schema
-from reasonrun.settings import WHEN_CHANGED, Settings
 
+_HINT = "write a field such as method.rounds or sft.lr, a section such as engine, or an exit code such as 4"
 _WIDTH = 110
 _KILLED = 128  # what a shell adds to the number of the signal that ended a command
 
@@ -37,15 +30,19 @@ def explain_command(key: str | None, overrides: list[str], *, recipe: str | None
         RecipeError: there is no such field or code; or the recipe has mistakes.
     """
     if schema:
+        from reasonrun.recipe_schema import schema_text
+
         typer.echo(schema_text(), nl=False)
     elif key is None:
-        raise RecipeError("explain: no field or exit code is named", hint=f"sections are {', '.join(sections())}")
-    elif key.isdigit():
+        raise RecipeError("explain: no field or exit code is named", hint=_HINT)
+    elif key.isdecimal():
         _explain_code(int(key), as_json=as_json)
     elif overrides and recipe is None:
         raise RecipeError(f"explain: {overrides[0]} changes a recipe, and none is named", hint="add --recipe RECIPE")
     else:
-        _explain_field(key, overrides, recipe, as_json=as_json)
+        from reasonrun.cli.explain_field import explain_field
+
+        explain_field(key, overrides, recipe, as_json=as_json)
 
 
 def _explain_code(code: int, *, as_json: bool) -> None:
@@ -54,7 +51,7 @@ def _explain_code(code: int, *, as_json: bool) -> None:
         print_json({"exit_code": code, **asdict(meaning)})
         return
     typer.echo(f"exit {code}: {meaning.label}")
-    for line in _wrapped(meaning.meaning, "  "):
+    for line in textwrap.wrap(meaning.meaning, _WIDTH, initial_indent="  ", subsequent_indent="  "):
         typer.echo(line)
     for remedy in meaning.remedies:
         typer.echo(f"  - {remedy}")
@@ -80,110 +77,3 @@ def exit_meaning(code: int) -> ExitMeaning:
         )
     known = ", ".join(str(int(known)) for known in ExitCode)
     raise RecipeError(f"no command ends with the exit code {code}; there are {known}")
-
-
-def _explain_field(key: str, overrides: list[str], recipe: str | None, *, as_json: bool) -> None:
-    resolved = load(recipe, overrides) if recipe is not None else None
-    if resolved is None and key in sections() and key not in {field.path for field in section_fields(key)}:
-        _list_section(key, as_json=as_json)
-        return
-    if resolved is None:
-        shown: list[tuple[CatalogueField, Origin | None]] = [(field, None) for field in matching(key)]
-    else:
-        try:
-            found = matching(key)
-        except RecipeError:  # a field of the user's own class
-            found = []
-        fields = of_recipe(resolved, found, key)
-        shown = [(field, origin(resolved, overrides, field.path)) for field in fields]
-    if as_json:
-        print_json({"key": key, "recipe": recipe, "fields": [_document(field, value) for field, value in shown]})
-        return
-    for fields, value in _alike(shown):
-        for line in [*_text(fields, value, recipe), ""]:
-            typer.echo(line)
-    typer.echo("Changed under a run that has begun:")
-    for effect in dict.fromkeys(known.field.effect for known, _ in shown):
-        for line in _wrapped(f"{effect}: {WHEN_CHANGED[effect]}", "  "):
-            typer.echo(line)
-
-
-def _list_section(section: str, *, as_json: bool) -> None:
-    """A section that is chosen by name: what can be chosen, and the fields of each."""
-    by_plugin: dict[str, list[str]] = {}
-    for field in section_fields(section):
-        by_plugin.setdefault(field.plugin, []).append(field.path)
-    if as_json:
-        print_json({"key": section, "choices": by_plugin})
-        return
-    for plugin, paths in by_plugin.items():
-        names = [path.partition(".")[2] for path in paths if path.count(".") == 1 and not path.endswith(".name")]
-        typer.echo(f"{section}: {plugin}" if plugin else section)
-        for line in _wrapped(", ".join(names) or "no fields", "  "):
-            typer.echo(line)
-
-
-def _document(known: CatalogueField, value: Origin | None) -> dict[str, Any]:
-    field = known.field
-    document: dict[str, Any] = {
-        "path": known.path,
-        "of": known.plugin,
-        "description": field.description,
-        "type": type_in_words(field.info),
-        "schema": value_schema(field.info),
-        "required": field.info.is_required(),
-        "default": _plain(field.default),
-        "paper": known.paper,
-        "effect": field.effect.value,
-        "when_changed": WHEN_CHANGED[field.effect],
-    }
-    if value is not None:
-        document |= {"value": value.value, "from": value.place}
-    return document
-
-
-def _alike(
-    shown: Iterable[tuple[CatalogueField, Origin | None]],
-) -> Iterator[tuple[list[CatalogueField], Origin | None]]:
-    """Fields that differ in nothing but their plug-in are explained together."""
-    groups: dict[str, tuple[list[CatalogueField], Origin | None]] = {}
-    for known, value in shown:
-        document = {**_document(known, value), "of": ""}
-        groups.setdefault(json.dumps(document, sort_keys=True), ([], value))[0].append(known)
-    yield from groups.values()
-
-
-def _text(alike: list[CatalogueField], value: Origin | None, recipe: str | None) -> Iterator[str]:
-    known, field = alike[0], alike[0].field
-    of = ", ".join(each.plugin for each in alike if each.plugin)
-    yield f"{known.path} of {of}" if of else known.path
-    yield from _wrapped(field.description or f"Which {known.path.partition('.')[0]}.", "  ")
-    yield from _wrapped(type_in_words(field.info), "  takes    ")
-    yield from _wrapped(_default_in_words(known), "  default  ")
-    yield f"  changed  {field.effect}"
-    for group in models_in(field.info.annotation):
-        yield from _wrapped(", ".join(group.model_fields), "  fields   ")
-    if value is not None:
-        yield from _wrapped(f"{json.dumps(value.value)}, from {value.place}", f"  in {recipe}  ")
-
-
-def _default_in_words(known: CatalogueField) -> str:
-    field = known.field
-    if field.info.is_required():
-        return "none: it must be given"
-    plain = _plain(field.default)
-    if isinstance(plain, dict) and field.stated_keys:
-        stated = {key: item for key, item in plain.items() if key in field.stated_keys}
-        return f"{', '.join(f'{key}: {json.dumps(item)}' for key, item in stated.items())}; else the fields' own"
-    written = "the fields' own" if isinstance(plain, dict) and plain else json.dumps(plain)
-    return f"{written}, the paper's ({known.paper})" if known.paper else written
-
-
-def _plain(default: Any) -> Any:
-    return default.model_dump(mode="json") if isinstance(default, Settings) else default
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, _WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
-    )
