@@ -52,10 +52,13 @@ class Method(ABC):
     """A self-training method: one class, whose ``run`` reads like the paper's pseudo-code.
 
     ``requires`` names the styles and capabilities that the task must offer whatever the settings; ``needs`` adds those
-    that the settings ask for. ``check`` refuses a pair that lacks one.
+    that the settings ask for. ``check`` refuses a pair that lacks one. ``paper`` cites the publication, and ``from_paper``
+    names the fields below ``method`` whose defaults it states, with spaces between them; the rest is a choice of this project.
     """
 
     Settings: ClassVar[type[Settings]]
+    paper: ClassVar[str] = ""
+    from_paper: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset({"plain"})
     trains: ClassVar[tuple[TrainKind, ...]] = ("sft",)  # what its train steps run; () when it trains nothing
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import GenericAlias
 from typing import Any, ClassVar, Literal, Self
 
@@ -98,11 +98,16 @@ class EvaluateSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeField:
-    """One field of a recipe: what changing it under a run means, its default (None where required), its meaning."""
+    """One field of a recipe: what changing it under a run means, its default (None where required), its meaning.
+
+    ``info`` is its declaration; ``stated_keys`` are the keys of a group that its default sets itself.
+    """
 
     effect: Effect
     default: Any
     description: str
+    info: FieldInfo = field(repr=False, compare=False)
+    stated_keys: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
 
 def recipe_model(
@@ -195,7 +200,16 @@ def fields_of(
         default = getattr(instance, name) if instance is not None else _default(info)
         group = default if isinstance(default, BaseModel) else None
         plain = group.model_dump(mode="json") if group is not None else default
-        yield path, RecipeField(effect=_effect(path, info), default=plain, description=info.description or "")
+        yield (
+            path,
+            RecipeField(
+                effect=_effect(path, info),
+                default=plain,
+                description=info.description or "",
+                info=info,
+                stated_keys=frozenset(group.model_fields_set) if group is not None else frozenset(),
+            ),
+        )
         if path != "trackers":
             for inner in models_in(info.annotation):
                 yield from fields_of(inner, path, group if isinstance(group, inner) else None)

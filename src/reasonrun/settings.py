@@ -17,6 +17,20 @@ class Effect(StrEnum):
     OPERATIONAL = "operational"  # free
 
 
+WHEN_CHANGED = {
+    Effect.SEMANTIC: "another experiment. The same command stops with exit 4 and names step and field: take the change"
+    " back, begin another run (--run NEW), or make the step again (--redo STEP). As an override on the command line it"
+    " begins a run of its own, in a directory named after it.",
+    Effect.HORIZON: "how far to go. It may grow, and the run goes on from what is committed; a smaller value stops with"
+    " exit 4 unless --prune is given. As an override on the command line it names a directory of its own, so say --run DIR"
+    " to go further there.",
+    Effect.NUMERIC: "the same experiment with other arithmetic or batches. The run goes on and says so; from there on its"
+    " bytes need not be those of a run that was not changed.",
+    Effect.OPERATIONAL: "free. The run goes on in the same directory, and what its results depend on stays as it is.",
+}
+"""What changing a field of each effect under a run does."""
+
+
 class Settings(BaseModel):
     """Base of every group of recipe fields: frozen, unknown keys refused, numbers finite."""
 

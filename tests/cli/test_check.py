@@ -15,6 +15,7 @@ import reasonrun
 from reasonrun.cli.recipes import copy_recipe, first_sentence
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_files import recipes_dir, shipped
+from reasonrun.recipe_schema import EDITOR_LINE
 
 PAIR = "method: star\ntask: arith\n"
 
@@ -100,14 +101,17 @@ def test_first_sentence_spans_lines_and_stops() -> None:
 
 
 def test_copy_never_overwrites() -> None:
-    original = (recipes_dir() / "star_arith.yaml").read_bytes()
+    original = EDITOR_LINE.encode() + (recipes_dir() / "star_arith.yaml").read_bytes()
     assert copy_recipe("star_arith", Path()) == Path("star_arith.yaml")
     assert Path("star_arith.yaml").read_bytes() == original
+    assert json.loads(Path("recipe.schema.json").read_text())["title"] == "Recipe of reasonrun"
+    Path("recipe.schema.json").write_text("mine")
     Path("star_arith.yaml").write_text("mine")
     with pytest.raises(RecipeError, match=r"star_arith\.yaml exists already"):
         copy_recipe("star_arith", Path())
     assert Path("star_arith.yaml").read_text() == "mine"
     assert copy_recipe("star_arith", Path("other.yaml")).read_bytes() == original
+    assert Path("recipe.schema.json").read_text() == "mine"
     with pytest.raises(RecipeError, match="cannot be written"):
         copy_recipe("star_arith", Path("no/folder/x.yaml"))
     with pytest.raises(RecipeError, match="nearest is star_arith"):

@@ -138,8 +138,9 @@ def test_a_second_process_in_the_directory_is_refused_and_a_term_stops_with_75(t
 
 
 def test_doctor_and_recipes_answer(tmp_path):
-    facts = json.loads(reasonrun_cli(tmp_path, "doctor", "--json").stdout)
-    assert facts["packages"]["torch"].startswith("2.")
+    document = json.loads(reasonrun_cli(tmp_path, "doctor", "--json").stdout)
+    (torch,) = [check for check in document["checks"] if check["name"] == "torch"]
+    assert document["ok"] and torch["state"] == "ok" and torch["found"].startswith("2.")
     listed = reasonrun_cli(tmp_path, "recipes").stdout
     assert "star_arith" in listed and "smoke_star" in listed
 

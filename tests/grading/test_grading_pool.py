@@ -76,6 +76,32 @@ def test_a_killed_worker_costs_nothing_once_and_is_a_crash_when_it_repeats(pool:
         assert pool.wait(ticket) == reason
 
 
+def test_a_crash_is_remembered_when_it_happens_again(pool: SymbolicPool) -> None:
+    for num_asked in (1, 2):
+        ticket = pool.submit("3", SLOW_SUM + "+1+1")
+        for attempt in range(2):
+            while not (ticket.num_attempts == attempt and any(w.ticket is ticket for w in pool._processes.workers)):
+                pool.pump(0.05)
+            os.kill(worker_pids(pool)[0], signal.SIGKILL)
+        assert pool.wait(ticket) == "crash"
+        assert (pool.submit("3", SLOW_SUM + "+1+1") is ticket) == (num_asked == 2)
+
+
+def test_a_slow_machine_is_no_stall_and_a_stopped_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reasonrun.grading.pool._STALL_FACTOR", 0)
+    monkeypatch.setattr("reasonrun.grading.pool._STALL_SECONDS", 0.3)
+    with closing(SymbolicPool(num_workers=1, cpu_seconds=1.0, memory_mib=1024)) as pool:
+        assert pool.wait(pool.submit("3", SLOW_SUM)) == "deadline"  # and takes longer than 0.3 s
+        ticket = pool.submit("x+1", "1+x")
+        while not any(worker.ready for worker in pool._processes.workers):
+            pool.pump(0.05)
+        (pid,) = worker_pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        again = pool.submit("y+1", "1+y") if ticket.reason else ticket
+        assert pool.wait(again) == "correct"
+        assert worker_pids(pool) != [pid]
+
+
 def test_memory_is_capped_and_said_to_be_the_reason() -> None:
     with closing(SymbolicPool(num_workers=1, cpu_seconds=20.0, memory_mib=128)) as small:
         assert small.wait(small.submit("3", r"2^{900000000}")) == "memory"

@@ -176,9 +176,10 @@ def test_checked_once_because_afterwards_our_own_workers_hold_the_device(describ
 def test_doctor_shows_free_memory_and_holders(describe: Describe, start: Callable[..., int]) -> None:
     pid = start()
     describe([140_000, 300], {(0, pid): 139_000})
-    gpus = examine()["GPUs"]
-    assert gpus["1"] == "NVIDIA H200, 140.1 of 140.4 GiB free"
-    assert gpus["0"].startswith(f"NVIDIA H200, 3.7 of 140.4 GiB free (held); process {pid}, running for ")
+    gpus = {check.name: check for check in examine() if check.group == "devices"}
+    assert (gpus["GPU 1"].state, gpus["GPU 1"].found) == ("ok", "NVIDIA H200, 140.1 of 140.4 GiB free")
+    assert gpus["GPU 0"].state == "low"
+    assert gpus["GPU 0"].found.startswith(f"NVIDIA H200, 3.7 of 140.4 GiB free (held); process {pid}, running for ")
     describe([])
     assert query_devices() == []
-    assert isinstance(examine()["GPUs"], str)
+    assert [check.state for check in examine() if check.group == "devices"] == ["absent"]

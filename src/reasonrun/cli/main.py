@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from reasonrun import __version__
-from reasonrun.errors import ReasonrunError
+from reasonrun.cli.completion import complete_key, complete_override, complete_recipe
+from reasonrun.errors import EXIT_CODES, ExitCode, ReasonrunError
 from reasonrun.report.printable import printable
 
 app = typer.Typer(
@@ -25,8 +26,10 @@ app = typer.Typer(
 )
 err = Console(stderr=True)
 
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key=value.")]
+Recipe = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", autocompletion=complete_recipe)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key=value.", autocompletion=complete_override)]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on standard output.")]
 
 
@@ -48,8 +51,13 @@ def train(
 
 @app.command()
 def sweep(
-    recipes: Annotated[str | None, typer.Argument(help="A recipe, or several with commas between them.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: key=value, or key=a,b,c.")] = None,
+    recipes: Annotated[
+        str | None,
+        typer.Argument(help="A recipe, or several with commas between them.", autocompletion=complete_recipe),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides: key=value, or key=a,b,c.", autocompletion=complete_override)
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs; default runs/sweep-<name>.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Only print the table of the runs that have ended.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
@@ -211,7 +219,7 @@ def evaluate(
 @app.command()
 def recipes(
     action: Annotated[str | None, typer.Argument(help="copy, to copy a recipe out.")] = None,
-    name: Annotated[str | None, typer.Argument(help="The recipe to copy.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The recipe to copy.", autocompletion=complete_recipe)] = None,
     destination: Annotated[Path | None, typer.Argument(help="Where to.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -219,6 +227,30 @@ def recipes(
     from reasonrun.cli.recipes import recipes as recipes_command
 
     recipes_command(action, name, destination, as_json=as_json)
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            help="A field such as method.rounds or sft.lr, a section, or an exit code.", autocompletion=complete_key
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of --recipe: key=value.", autocompletion=complete_override)
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Only what this recipe has, with its value.", autocompletion=complete_recipe),
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Explain a field of recipes or an exit code: what it means, takes, and does when changed."""
+    from reasonrun.cli.explain import explain_command
+
+    explain_command(key, overrides or [], recipe=recipe, schema=schema, as_json=as_json)
 
 
 @app.command()
@@ -251,7 +283,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=not as_json))
     except KeyboardInterrupt:  # a second Ctrl-C: workers are dead, what is committed is safe
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)
     except typer.TyperException as error:  # an unknown option, a missing argument
         print_json({"error": "UsageError", "message": error.format_message(), "exit_code": error.exit_code})
         sys.exit(error.exit_code)
@@ -259,7 +291,8 @@ def main() -> None:
         if as_json:
             print_json(error_document(error))
         else:
-            err.print(printable(f"{_label(error)}: {error}"), markup=False, highlight=False, soft_wrap=True)
+            label = EXIT_CODES[ExitCode(error.exit_code)].label
+            err.print(printable(f"{label}: {error}"), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
         sys.exit(error.exit_code)
 
@@ -269,10 +302,6 @@ def error_document(error: ReasonrunError) -> dict[str, Any]:
     document = {"error": type(error).__name__, "message": printable(str(error)), "exit_code": error.exit_code}
     problems = [asdict(problem) for problem in getattr(error, "problems", ())]
     return {**document, "problems": problems} if problems else document
-
-
-def _label(error: ReasonrunError) -> str:
-    return {5: "finding", 75: "stopped", 130: "stopped"}.get(error.exit_code, "error")
 
 
 if __name__ == "__main__":

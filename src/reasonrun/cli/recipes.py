@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_errors import nearest
 from reasonrun.recipe_files import recipes_dir, shipped
+from reasonrun.recipe_schema import EDITOR_LINE, SCHEMA_FILE, schema_text
 
 
 def recipes(action: str | None, name: str | None, destination: Path | None, *, as_json: bool) -> None:
@@ -46,6 +48,8 @@ def recipes(action: str | None, name: str | None, destination: Path | None, *, a
 def copy_recipe(name: str, destination: Path) -> Path:
     """Copy a shipped recipe to a file or into a folder; group files stay where they are and are still found.
 
+    Its first line names the JSON schema to editors; the schema is put beside it unless there is one.
+
     Raises:
         RecipeError: no such recipe, no such folder, or the file exists.
     """
@@ -56,8 +60,10 @@ def copy_recipe(name: str, destination: Path) -> Path:
     target = destination / f"{name}.yaml" if destination.is_dir() else destination
     content = (recipes_dir() / f"{name}.yaml").read_bytes()
     try:
-        with target.open("xb") as file:
-            file.write(content)
+        with target.open("xb") as copy:
+            copy.write(EDITOR_LINE.encode() + content)
+        with suppress(FileExistsError), (target.parent / SCHEMA_FILE).open("x", encoding="utf-8") as file:
+            file.write(schema_text())
     except FileExistsError:
         raise RecipeError(f"{target} exists already", hint="name another destination; nothing is overwritten") from None
     except OSError as error:

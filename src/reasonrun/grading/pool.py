@@ -22,13 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 import reasonrun
 from reasonrun.errors import EnvironmentProblem
 
 _CACHE_SIZE = 100_000
 _NUM_ATTEMPTS = 2  # a worker can be killed from outside; a pair that kills two of them has done it itself
 _NUM_START_FAILURES = 3
-_STALL_FACTOR, _STALL_SECONDS = 20, 60  # wall-clock limit of a worker that uses no CPU at all
+_STALL_FACTOR, _STALL_SECONDS = 20, 60  # wall-clock limit in which a worker must have used some CPU time
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Worker:
     ready: bool = False
     ticket: Ticket | None = None
     busy_since: float = 0.0
+    cpu_seconds: float = 0.0  # as of the last look
     received: bytes = b""
 
     @property
@@ -109,6 +112,7 @@ class SymbolicPool:
         self._processes = _Processes()
         self._queue: deque[Ticket] = deque()
         self._tickets: OrderedDict[tuple[str, str], Ticket] = OrderedDict()
+        self._crashed: set[tuple[str, str]] = set()
         self._num_start_failures = 0
         weakref.finalize(self, self._processes.end)
 
@@ -222,7 +226,10 @@ class SymbolicPool:
             self._queue.appendleft(ticket)
         else:
             self._answer(ticket, "crash")
-            self._tickets.pop((ticket.reference, ticket.answer), None)  # may have had outside causes: not remembered
+            key = (ticket.reference, ticket.answer)
+            if key not in self._crashed:  # may have had outside causes: once, it is not remembered
+                self._crashed.add(key)
+                self._tickets.pop(key, None)
 
     def _answer(self, ticket: Ticket, reason: str) -> None:
         ticket.reason = reason
@@ -237,11 +244,29 @@ class SymbolicPool:
             )
 
     def _end_stalled(self) -> None:
-        limit = _STALL_FACTOR * self._cpu_seconds + _STALL_SECONDS
         for worker in list(self._processes.workers):
             occupied = worker.ticket is not None or not worker.ready
-            if occupied and time.monotonic() - worker.busy_since > limit:
+            if occupied and self._stands_still(worker):
                 self._processes.workers.remove(worker)
                 _end(worker.process)
                 if worker.ticket is not None:
                     self._ask_again(worker.ticket)
+
+    def _stands_still(self, worker: _Worker) -> bool:
+        """Whether a worker has used no CPU time for long: one that does, however little it gets, meets its own deadline."""
+        now = time.monotonic()
+        if now - worker.busy_since <= _STALL_FACTOR * self._cpu_seconds + _STALL_SECONDS:
+            return False
+        spent = _cpu_seconds(worker.process.pid)
+        if spent <= worker.cpu_seconds:
+            return True
+        worker.cpu_seconds, worker.busy_since = spent, now
+        return False
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

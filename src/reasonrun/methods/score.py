@@ -64,6 +64,8 @@ class SCoRe(Method):
     - rounds of one stage carry Adam on; with ``rl.lora`` every round merges its adapters and starts fresh ones.
     """
 
+    paper = "Kumar et al. 2024, arXiv 2409.12917, for MATH"
+    from_paper = "arm num_attempts alpha beta1 beta2 rl.lr"
     requires: ClassVar[frozenset[str]] = frozenset({"correction"})
     trains = ("policy_gradient",)
 

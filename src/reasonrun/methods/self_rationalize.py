@@ -42,6 +42,8 @@ class SelfRationalize(Method):
     - gold judgements come from items of their own where ``seed_judge.num_items`` is given.
     """
 
+    paper = "Trivedi et al. 2024, arXiv 2410.05495"
+    from_paper = "learn rounds num_items"
     requires: ClassVar[frozenset[str]] = frozenset({"gold_score"})
     trains = ("sft", "preference")
 

@@ -43,6 +43,11 @@ class STaR(Method):
     It never starts when the base solves nothing: the first empty training set ends the run with a finding.
     """
 
+    paper = "Zelikman et al. 2022, arXiv 2203.14465"
+    from_paper = (
+        "rounds style later_style num_samples rationalize keep train_style init_from data_window steps_start"
+        " steps_growth sft.lr sft.schedule sft.warmup_steps"
+    )
     requires: ClassVar[frozenset[str]] = frozenset({"plain", "few_shot", "hinted"})
 
     class Settings(SettingsBase):

@@ -65,6 +65,10 @@ class StepDPO(Method):
     Wrong solutions without a right continuation give no pair.
     """
 
+    paper = "Lai et al. 2024, arXiv 2406.18629"
+    from_paper = (
+        "arm rounds style reference epochs dpo.loss dpo.beta dpo.lr dpo.schedule dpo.warmup_ratio dpo.batch_size"
+    )
     requires: ClassVar[frozenset[str]] = frozenset()
     trains = ("preference",)
 
