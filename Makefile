@@ -31,9 +31,6 @@ heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
 	$(BIN)/python -m pytest -m heavy
 
-attack: install
-	$(BIN)/python -m pytest -m attack tests/attack
-
 vllm: install $(VLLM)/.installed
 
 # An environment of its own, because vLLM pins what the trainers need otherwise; the engine finds it there.

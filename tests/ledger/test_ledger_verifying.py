@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from test_ledger_kills import NEEDS_AN_EARLIER_CRASH, NUM_UNITS
-from toy_run import toy_donor, toy_run
 
 from reasonrun.ledger.damage import Damage, Note
 from reasonrun.ledger.faults import FAULT_POINTS, Faults
@@ -16,6 +15,7 @@ from reasonrun.ledger.files import Files
 from reasonrun.ledger.repairing import apply_repair, plan_repair
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.ledger.verifying import verify_ledger
+from toy_run import toy_donor, toy_run
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import typer
 
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import EXIT_CODES, ExitCode, ExitMeaning, RecipeError
 
 _HINT = "write a field such as method.rounds or sft.lr, a section such as engine, or an exit code such as 4"
@@ -50,11 +50,11 @@ def _explain_code(code: int, *, as_json: bool) -> None:
     if as_json:
         print_json({"exit_code": code, **asdict(meaning)})
         return
-    typer.echo(f"exit {code}: {meaning.label}")
+    echo(f"exit {code}: {meaning.label}")
     for line in textwrap.wrap(meaning.meaning, _WIDTH, initial_indent="  ", subsequent_indent="  "):
-        typer.echo(line)
+        echo(line)
     for remedy in meaning.remedies:
-        typer.echo(f"  - {remedy}")
+        echo(f"  - {remedy}")
 
 
 def exit_meaning(code: int) -> ExitMeaning:

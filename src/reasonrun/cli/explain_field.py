@@ -7,9 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.field_catalogue import CatalogueField, Origin, matching, of_recipe, origin, section_fields, sections
 from reasonrun.recipe_errors import models_in
 from reasonrun.recipe_schema import type_in_words, value_schema
@@ -36,11 +34,11 @@ def explain_field(key: str, overrides: list[str], recipe: str | None, *, as_json
         return
     for fields, value in _alike(shown):
         for line in [*_text(fields, value, recipe), ""]:
-            typer.echo(line)
-    typer.echo("Changed under a run that has begun:")
+            echo(line)
+    echo("Changed under a run that has begun:")
     for effect in dict.fromkeys(known.field.effect for known, _ in shown):
         for line in _wrapped(f"{effect}: {WHEN_CHANGED[effect]}", "  "):
-            typer.echo(line)
+            echo(line)
 
 
 def _in_recipe(key: str, overrides: list[str], recipe: str) -> list[tuple[CatalogueField, Origin | None]]:
@@ -60,9 +58,9 @@ def _list_section(section: str, *, as_json: bool) -> None:
         return
     for plugin, paths in by_plugin.items():
         names = [path.partition(".")[2] for path in paths if path.count(".") == 1 and not path.endswith(".name")]
-        typer.echo(f"{section}: {plugin}" if plugin else section)
+        echo(f"{section}: {plugin}" if plugin else section)
         for line in _wrapped(", ".join(names) or "no fields", "  "):
-            typer.echo(line)
+            echo(line)
 
 
 def _document(known: CatalogueField, value: Origin | None) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import RunFailed
 from reasonrun.ledger.catalogue import run_identity
 from reasonrun.ledger.damage import Damage
@@ -39,7 +37,7 @@ def repair_command(run: Path, *, do_it: bool, as_json: bool) -> int:
         print_json(_document(run, repair, findings, is_done=do_it, num_lost=num_lost))
     else:
         for line in _describe(run, repair, is_done=do_it, num_lost=num_lost):
-            typer.echo(line)
+            echo(line)
     return 1 if repair.left else 0
 
 

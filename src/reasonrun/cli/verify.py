@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from reasonrun.cli.main import print_json
+from reasonrun.cli.main import echo, print_json
 from reasonrun.report.run_record import check_is_run
 from reasonrun.report.verification import describe_verification, verification_document, verify_run
 
@@ -19,5 +17,5 @@ def verify_command(run: Path, *, deep: bool, as_json: bool) -> int:
         print_json(verification_document(verification))
     else:
         for line in describe_verification(verification):
-            typer.echo(line)
+            echo(line)
     return 1 if verification.damages else 0

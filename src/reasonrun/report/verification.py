@@ -12,7 +12,6 @@ from reasonrun.ledger.damage import PROMISES, Damage, Finding, Note
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.lock import LOCK_NAME, Owner, holder
 from reasonrun.ledger.verifying import verify_ledger
-from reasonrun.report.printable import printable
 from reasonrun.report.record_checks import check_inputs, check_metrics, check_weights, committed_steps
 
 
@@ -111,14 +110,14 @@ def describe_verification(verification: Verification) -> list[str]:
     lines: list[str] = []
     for damage in verification.damages:
         lines += [
-            f"damaged: {printable(damage.path)} {printable(damage.what)}",
+            f"damaged: {damage.path} {damage.what}",
             f"  promise: {damage.promise}, {PROMISES[damage.promise]}",
             f"  to do:   {damage.way_out(str(verification.path))}",
         ]
-    lines += [f"note: {printable(note.path)} {printable(note.what)}" for note in verification.notes]
+    lines += [f"note: {note.path} {note.what}" for note in verification.notes]
     if verification.worked_on_by is not None:
         owner = verification.worked_on_by
-        lines.append(f"note: process {owner.pid} is working on this run: {printable(owner.command)}")
+        lines.append(f"note: process {owner.pid} is working on this run: {owner.command}")
     return [*lines, _sum(verification, verification.damages)]
 
 
