@@ -22,7 +22,7 @@ test: install
 	$(BIN)/python -m pytest
 
 attack: install
-	$(BIN)/python -m pytest -m attack tests/attack
+	$(BIN)/python -m pytest -m '(attack or promise) and not heavy'
 
 attack-nightly: attack
 	$(BIN)/python scripts/kill_loop.py --kills 5000 --seed $$(date +%Y%m%d)

@@ -9,6 +9,8 @@ import pytest
 
 from small_tokenizer import write_tokenizer
 
+pytest_plugins = ("promises",)
+
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

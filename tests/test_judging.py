@@ -425,6 +425,7 @@ FINDINGS = [
 
 
 @pytest.mark.parametrize(("changes", "texts"), FINDINGS)
+@pytest.mark.promise("G13", "collapses of a judge")
 def test_each_finding_has_its_numbers(changes, texts):
     (finding,) = judging_findings(judge(), judge(**changes))
     assert all(text in finding for text in texts) and "\n" not in finding

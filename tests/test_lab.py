@@ -118,6 +118,7 @@ def test_a_next_turn_keeps_the_ids_before_it_and_shows_the_first_attempt_whole(t
         assert second.messages[1].content == first.text and second.messages[2].content == "Check it again."
 
 
+@pytest.mark.promise("G17", "rows lost by a method")
 def test_curation_that_loses_a_row_is_stopped(toy):
     def body(lab):
         lab.curate(losing, sampled(lab))
@@ -197,6 +198,7 @@ def choosing(group, rows):
             yield LeftOut(rollout_id=row.rollout.id, reason="position")
 
 
+@pytest.mark.promise("G7", "changed codes")
 def test_changed_code_that_chooses_other_rows_stops_and_equal_code_goes_on(toy, monkeypatch):
     import reasonrun.running as running
 
@@ -221,6 +223,7 @@ def test_changed_code_that_chooses_other_rows_stops_and_equal_code_goes_on(toy, 
     toy(body)
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_the_plan_matches_the_run_where_it_says_exact(tmp_path):
     recipe = load("smoke_star", [*SMALL, "method.rounds=2"])
     planned = plan(recipe, Assumptions(), SilentProgress())
@@ -245,6 +248,7 @@ def test_the_plan_matches_the_run_where_it_says_exact(tmp_path):
         assert done[step.step] <= step.units.worst == 8
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_a_run_is_compared_with_its_plan(tmp_path):
     recipe = load("smoke_star", SMALL)
     planned = plan(recipe, Assumptions(), SilentProgress())

@@ -180,6 +180,7 @@ def test_the_first_differences_are_named_and_the_others_counted(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.promise("G12", "merges")
 def test_a_result_that_is_not_finite_is_no_model(tmp_path, a, bad):
     other = folder(tmp_path / "other", {"w": floats(0, 0, bad, 0, shape=(2, 2)), "b": floats(0, 0)})
     with pytest.raises(RunFailed, match="w of the merged model is not finite in F32"):

@@ -67,6 +67,7 @@ def test_the_weights_digest_covers_all_weights_and_nothing_else(folder: Path) ->
     assert weights_digest(folder) != original
 
 
+@pytest.mark.promise("G19", "models")
 def test_pickled_weights_are_refused_unopened(folder: Path, tmp_path: Path) -> None:
     import pickle
 
@@ -112,6 +113,7 @@ def test_a_hub_model_that_cannot_be_fetched_is_explained(monkeypatch: pytest.Mon
         resolve(ModelSettings(hub="owner/model"))
 
 
+@pytest.mark.promise("G19", "models")
 def test_a_hub_model_comes_without_code_and_pickles(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

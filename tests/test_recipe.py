@@ -156,6 +156,7 @@ def test_the_environment_reaches_settings_but_not_the_stored_recipe(monkeypatch:
     assert "canary" not in json.dumps(recipe.resolved)
 
 
+@pytest.mark.promise("G18", "messages")
 def test_a_value_from_the_environment_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY", "canary-value")
     text = (
@@ -168,6 +169,7 @@ def test_a_value_from_the_environment_is_in_no_message(monkeypatch: pytest.Monke
     assert "canary-value" not in str(caught.value) + repr(caught.value.problems)
 
 
+@pytest.mark.promise("G18", "messages")
 def test_secrets_are_refused_and_never_repeated() -> None:
     hidden = "0123456789abcdef0123456789abcdef01234567"
     with pytest.raises(RecipeProblems) as caught:
@@ -209,6 +211,7 @@ def test_slug_is_safe_short_and_still_different() -> None:
     assert all(len(slug) <= 60 and "/" not in slug for slug in slugs)
 
 
+@pytest.mark.promise("G7", "looks at all fields of recipes")
 def test_every_field_has_an_effect_and_a_meaning() -> None:
     recipe = load(write(VALID))
 
@@ -232,6 +235,7 @@ def changes(old: ResolvedRecipe, new: ResolvedRecipe) -> list[FieldChange]:
     return diff(json.loads(json.dumps(old.resolved)), new)
 
 
+@pytest.mark.promise("G7", "changed recipes")
 def test_changes_name_field_values_and_effect() -> None:
     path = write(VALID)
     new = load(path, ["method.rounds=5", "method.sft.lora={rank: 4}", "launcher.num_workers=2"])
@@ -245,6 +249,7 @@ def test_changes_name_field_values_and_effect() -> None:
     assert changes(new, new) == []
 
 
+@pytest.mark.promise("G7", "changed recipes")
 def test_another_plugin_is_one_change() -> None:
     path = write(VALID)
     assert changes(load(path), load(path, ["engine=hf", "method=measure"])) == [
@@ -253,6 +258,8 @@ def test_another_plugin_is_one_change() -> None:
     ]
 
 
+@pytest.mark.promise("G7", "changed recipes")
+@pytest.mark.promise("G22", "old recipes")
 def test_a_field_that_an_old_run_did_not_know_changes_only_when_it_leaves_its_default() -> None:
     old = load(write(VALID)).resolved
     older = {**old, "method": {key: value for key, value in old["method"].items() if key != "dedupe"}}

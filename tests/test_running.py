@@ -36,6 +36,7 @@ def clean(tmp_path_factory):
     return directory, outcome
 
 
+@pytest.mark.promise("G1", "finished runs started again")
 def test_a_run_ends_with_a_result_and_a_second_one_writes_nothing(clean):
     directory, outcome = clean
     assert set(outcome.result["test"]) == {"base", "last", "best"}
@@ -61,6 +62,8 @@ def test_another_seed_gives_other_samples(clean, tmp_path):
 
 
 @pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.promise("G1", "failures gone on from")
+@pytest.mark.promise("G2", "failures gone on from")
 def test_a_failed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(clean, tmp_path, unit):
     with pytest.raises(RunFailed, match=f"failed at unit {unit}"):
         execute(tmp_path / "run", f"engine.fail_at_unit={unit}", "engine.unit_rows=8")
@@ -78,6 +81,7 @@ def test_a_stop_ends_with_75_and_the_same_command_continues(clean, tmp_path):
     assert content(tmp_path / "run") == content(clean[0])
 
 
+@pytest.mark.promise("G7", "changed recipes")
 def test_a_changed_recipe_stops_and_names_field_and_step(clean, tmp_path):
     with pytest.raises(RunFailed):
         execute(tmp_path / "run", "engine.fail_at_unit=1")
@@ -87,6 +91,7 @@ def test_a_changed_recipe_stops_and_names_field_and_step(clean, tmp_path):
     assert "--run" in str(conflict.value) and conflict.value.exit_code == 4
 
 
+@pytest.mark.promise("G7", "changed recipes")
 def test_a_finished_run_refuses_another_recipe(clean):
     with pytest.raises(RunConflict, match=r"method\.rounds: 2 -> 1"):
         execute(clean[0], "method.rounds=1")
@@ -100,6 +105,7 @@ NEVER_RIGHT = ("engine.accuracy=0", "engine.gain=0", "engine.spread=0")
 ALWAYS_RIGHT = ("engine.accuracy=1", "engine.spread=0", "engine.unanswered=0", "engine.truncated=0")
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_preflight_refuses_a_base_that_solves_nothing_and_can_be_told_to_go_on(tmp_path):
     for _ in range(2):
         with pytest.raises(Finding, match="preflight: no answer of the base is right") as finding:
@@ -111,6 +117,7 @@ def test_preflight_refuses_a_base_that_solves_nothing_and_can_be_told_to_go_on(t
         execute(tmp_path / "run", *NEVER_RIGHT, "preflight=report")
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_preflight_names_the_cause(tmp_path):
     with pytest.raises(Finding, match="most answers were cut off: raise max_new_tokens"):
         execute(tmp_path / "cut", *NEVER_RIGHT, "engine.truncated=1")
@@ -118,6 +125,7 @@ def test_preflight_names_the_cause(tmp_path):
         execute(tmp_path / "mute", *NEVER_RIGHT, "engine.unanswered=1", "engine.truncated=0")
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_preflight_asks_for_what_the_method_learns_from(tmp_path):
     small = ("task.num_train=8", "task.num_dev=4", "task.num_test=4", *ALWAYS_RIGHT)
     recipe = load("smoke_step_dpo", list(small))
@@ -127,6 +135,7 @@ def test_preflight_asks_for_what_the_method_learns_from(tmp_path):
     execute(tmp_path / "right", *ALWAYS_RIGHT)  # STaR learns from right answers
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_nothing_to_learn_from_is_a_finding_with_counts_and_says_so_again(tmp_path):
     for _ in range(2):
         with pytest.raises(Finding) as finding:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bad_input import CORPUS, Done, Expected, assert_as_expected, cases, input_of, place, read_expected, reasonrun
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.promise("G17", "bad data")]
 
 GSM8K, JUDGE = cases(CORPUS / "data" / "gsm8k"), cases(CORPUS / "data" / "judge")
 FOLDER = ["eval", "gsm8k", "--engine", "scripted", "--split", "train", "evaluate.max_new_tokens=64", "task.num_dev=0"]

@@ -13,7 +13,7 @@ from bad_input import CORPUS, SECONDS, Expected, assert_as_expected, cases, inpu
 
 import reasonrun as package
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.promise("G17", "bad recipes")]
 
 RECIPES = cases(CORPUS / "recipes")
 REFUSED = [name for name, path in RECIPES.items() if read_expected(path).exit_code]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from planted_faults import BEFORE_POWER_LOSS, names_of_the_dead_trusted, torn_ta
 from recorded_disk import Names
 from recovery import Breakage, Judge, Recording, distinct_states, record, states_after_claims
 
+from promises import Counted
 from reasonrun.ledger.faults import Faults
 from reasonrun.ledger.files import Files
 from toy_run import toy_dir
@@ -23,7 +24,6 @@ SEED = 0
 NUM_LOSSY = 3000
 """Losses of power that are recovered, drawn from some 4,500; every kill is."""
 PROMISES = ("G2", "G3", "G4", "G5", "G6")
-Counted = Callable[[str, str, int], None]
 
 
 def fresh(scratch: Path, name: str) -> Path:

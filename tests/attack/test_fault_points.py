@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from recovery import NUM_UNITS
 
+from promises import Counted
 from reasonrun.ledger.faults import FAULT_POINTS, Action
 from toy_run import toy_donor
 from toy_server import ToyServer, final_bytes
@@ -31,7 +31,7 @@ HANG_SECONDS = 0.4
 
 @pytest.mark.parametrize("action", get_args(Action))
 def test_every_fault_point_is_reached_and_recovered_from(
-    action: str, toy_server: ToyServer, scratch: Path, counted: Callable[[str, str, int], None], tmp_path: Path
+    action: str, toy_server: ToyServer, scratch: Path, counted: Counted, tmp_path: Path
 ) -> None:
     assert toy_server.run(tmp_path / "clean", num_units=NUM_UNITS) == 0
     clean = final_bytes(tmp_path / "clean")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bad_input import CORPUS, Done, place, reasonrun
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.promise("G17", "mistakes of a stranger")]
 
 RECIPE = """\
 task: {name: gsm8k, path: rows, num_dev: 2, num_shots: 1, num_hinted_shots: 1}

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from small_tokenizer import write_tokenizer
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.promise("G19", "hostile models")]
 
 OWNED = "owned"
 

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from promises import Counted
 from reasonrun.errors import RunConflict
 from reasonrun.ledger.faults import Faults
 from reasonrun.ledger.files import Files, encode_json
@@ -76,9 +76,7 @@ class Racers:
 
 
 @pytest.mark.parametrize("end", ["let go", "killed", "killed, pid reused"])
-def test_of_eight_racers_exactly_one_wins_twenty_times(
-    end: str, tmp_path: Path, counted: Callable[[str, str, int], None]
-) -> None:
+def test_of_eight_racers_exactly_one_wins_twenty_times(end: str, tmp_path: Path, counted: Counted) -> None:
     """All races are for the same directory: nobody unlocks it by hand between them."""
     run = tmp_path / "run"
     for race in range(NUM_RACES):

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from promises import Counted
 
 pytestmark = pytest.mark.attack
 
@@ -17,7 +18,7 @@ NUM_KILLS = 60
 MAX_SECONDS = 110
 
 
-def test_random_kills_leave_the_bytes_of_an_undisturbed_run(counted: Callable[[str, str, int], None]) -> None:
+def test_random_kills_leave_the_bytes_of_an_undisturbed_run(counted: Counted) -> None:
     seed = os.environ.get("REASONRUN_ATTACK_SEED", "0")
     script = Path(__file__).parents[2] / "scripts" / "kill_loop.py"
     command = [sys.executable, str(script), "--kills", str(NUM_KILLS), "--seed", seed, "--seconds", str(MAX_SECONDS)]

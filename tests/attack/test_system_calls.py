@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from recovery import NUM_UNITS, Judge
 
+from promises import Counted
 from toy_server import ToyServer, final_bytes
 
 pytestmark = pytest.mark.attack
 
-Counted = Callable[[str, str, int], None]
 CASES = {"write": range(1, 90, 4), "fsync": range(1, 90, 3), "rename": range(1, 26)}
 """Which calls fail, counted from the start of the run; the last ones lie beyond its end."""
 

@@ -13,7 +13,7 @@ from reasonrun.recipe import load
 from reasonrun.report.printable import printable
 from reasonrun.trackers._wandb_privacy import Scrubber, secret_values
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.promise("G18", "looks at what leaves a run")]
 
 CANARY = "CANARYcanary0123456789CANARY"
 SMALL = ["task.num_train=8", "task.num_dev=4", "task.num_test=4", "method.rounds=1"]

@@ -26,6 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.promise("G22", "old runs")
 def test_an_old_run_is_read(folder: Path) -> None:
     number = json.loads((folder / "run/run.json").read_text())["format"]
     assert {json.loads(path.read_text())["format"] for path in folder.rglob("_OK.json")} == {number}

@@ -194,6 +194,7 @@ def test_a_damaged_log_keeps_the_rows_that_verify(
     }
 
 
+@pytest.mark.promise("G7", "changed recipes")
 def test_a_changed_recipe_is_not_guessed(clean: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(clean, tmp_path / "run"))
     (path / "run.json").write_text((path / "run.json").read_text().replace('"seed": 0', '"seed": 1'))

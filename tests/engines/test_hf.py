@@ -150,6 +150,7 @@ def fail_above(engine: HuggingFace, monkeypatch: pytest.MonkeyPatch, max_rows: i
     return sizes
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_out_of_memory_halves_the_batch_and_changes_no_row(
     talkative: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,6 +167,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_row(
     assert max(sizes) <= 3
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_a_single_row_that_does_not_fit_is_explained(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(llama)
     fail_above(engine, monkeypatch, 0)
@@ -175,6 +177,7 @@ def test_a_single_row_that_does_not_fit_is_explained(llama: Path, monkeypatch: p
         engine.logprobs([((5,), (6,))])
 
 
+@pytest.mark.promise("G11", "other errors")
 def test_other_errors_of_the_model_are_not_taken_for_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(llama)
 
@@ -192,6 +195,7 @@ def test_what_exceeds_the_context_is_refused_with_the_numbers(engine: HuggingFac
         list(engine.generate([request]))
 
 
+@pytest.mark.promise("G12", "poisoned models")
 def test_a_model_that_answers_nan_fails_the_run(llama: Path) -> None:
     engine = engine_for(llama)
     with torch.no_grad():

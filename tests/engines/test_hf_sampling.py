@@ -75,6 +75,7 @@ def test_a_row_does_not_depend_on_other_rows() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.promise("G12", "poisoned logits")
 def test_logits_that_are_not_finite_give_no_token(bad: float, temperature: float) -> None:
     logits_BV = torch.zeros(2, 4)
     logits_BV[1, 2] = bad

@@ -87,6 +87,7 @@ def test_a_crash_is_remembered_when_it_happens_again(pool: SymbolicPool) -> None
         assert (pool.submit("3", SLOW_SUM + "+1+1") is ticket) == (num_asked == 2)
 
 
+@pytest.mark.promise("G14", "busy machines")
 def test_a_slow_machine_is_no_stall_and_a_stopped_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reasonrun.grading.pool._STALL_FACTOR", 0)
     monkeypatch.setattr("reasonrun.grading.pool._STALL_SECONDS", 0.3)
@@ -102,6 +103,7 @@ def test_a_slow_machine_is_no_stall_and_a_stopped_process_is(monkeypatch: pytest
         assert worker_pids(pool) != [pid]
 
 
+@pytest.mark.promise("G14", "memory caps")
 def test_memory_is_capped_and_said_to_be_the_reason() -> None:
     with closing(SymbolicPool(num_workers=1, cpu_seconds=20.0, memory_mib=128)) as small:
         assert small.wait(small.submit("3", r"2^{900000000}")) == "memory"

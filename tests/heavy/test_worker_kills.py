@@ -76,6 +76,7 @@ def kill_one(directory: Path, rng: random.Random) -> bool:
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.promise("G3", "runs under twenty kills of workers")
 def test_completions_after_twenty_kills_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     print(f"seed {SEED}")
     clean, killed = tmp_path / "clean", tmp_path / "killed"

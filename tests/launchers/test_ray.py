@@ -70,6 +70,7 @@ def test_ray_client_is_refused() -> None:
         Ray.Settings(address="ray://head:10001")
 
 
+@pytest.mark.promise("G18", "launchers")
 def test_secrets_stay_here() -> None:
     environ = {
         "HF_TOKEN": "x",

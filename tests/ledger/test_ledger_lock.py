@@ -166,6 +166,8 @@ def test_a_released_lock_is_free_while_a_forked_child_lives(tmp_path: Path) -> N
     os.waitpid(child, 0)
 
 
+@pytest.mark.promise("G6", "orphans that write")
+@pytest.mark.promise("G10", "orphans")
 def test_an_orphan_group_is_ended_before_the_next_attempt_writes(
     tmp_path: Path, stubborn: subprocess.Popen[bytes]
 ) -> None:
@@ -186,6 +188,7 @@ def test_an_orphan_group_is_ended_before_the_next_attempt_writes(
         assert run.ended_orphans == []
 
 
+@pytest.mark.promise("G10", "orphans")
 def test_members_are_ended_when_their_leader_is_dead(tmp_path: Path, stubborn: subprocess.Popen[bytes]) -> None:
     worker = WorkerProcess.of(stubborn.pid, stubborn.pid)
     stubborn.kill()
@@ -196,6 +199,7 @@ def test_members_are_ended_when_their_leader_is_dead(tmp_path: Path, stubborn: s
     assert group(stubborn.pid) == []
 
 
+@pytest.mark.promise("G6", "reused pids")
 def test_a_reused_pid_another_host_and_a_torn_record_end_nobody(
     tmp_path: Path, stubborn: subprocess.Popen[bytes]
 ) -> None:

@@ -91,6 +91,7 @@ def test_problems_that_the_base_never_or_always_solves_can_be_left_out(tmp_path)
     assert outcome.result["last"]["step"] == "stage2-002/train"
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_a_policy_that_repeats_itself_ends_with_a_finding_and_says_so_again(tmp_path):
     certain = ["engine.accuracy=1", "engine.spread=0", "engine.truncated=0", "engine.unanswered=0"]
     imitating = ["train", "smoke_correction_sft", *SMALL[:-1], *certain, "method.keep_right=true"]

@@ -96,6 +96,7 @@ def test_held_out_pairs_are_of_problems_that_no_arm_learns_from(arms):
         assert learnt and held_out and not learnt & held_out
 
 
+@pytest.mark.promise("G17", "conserved arms")
 def test_every_row_is_used_or_left_out_with_a_reason(arms):
     for _, outcome in arms.values():
         for row in outcome.rows:
@@ -105,6 +106,7 @@ def test_every_row_is_used_or_left_out_with_a_reason(arms):
                 assert left_out <= row["num_rows"]
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_the_plan_names_the_steps_of_the_run(arms):
     recipe = load("smoke_step_dpo", SMALL)
     found = compare(plan(recipe, Assumptions(), SilentProgress()), arms["step_dpo"][1].rows)

@@ -67,6 +67,7 @@ def test_the_last_lines_have_base_last_and_best_of_both_attempts(make_run: MakeR
         assert f"{which} {points(section['changes'][0])}" in lines[5]
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_the_plan_of_several_attempts_is_what_is_run(make_run: MakeRun) -> None:
     planned = plan(load("smoke_star", [*SMALL, TURNS]), Assumptions(), SilentProgress())
     second = {step.step: step for step in planned.steps if step.step.endswith("/test-last/sampled-turn-2")}

@@ -170,6 +170,7 @@ ON_DISK: dict[str, tuple[Harm, bool, str]] = {
 
 
 @pytest.mark.parametrize("kind", ON_DISK)
+@pytest.mark.promise("G5", "damaged files named")
 def test_damage_on_the_disk_is_named(finished: Path, kind: str) -> None:
     harm, is_quick, wanted = ON_DISK[kind]
     harm(finished)
@@ -349,6 +350,7 @@ def _other_cache(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORGED)
+@pytest.mark.promise("G21", "wrong numbers and rows")
 def test_rows_that_are_not_what_their_steps_say_are_named(finished: Path, kind: str) -> None:
     harm, wanted = FORGED[kind]
     harm(finished)

@@ -61,6 +61,7 @@ def test_broken_wandb(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.promise("G10", "hanging trackers")
 def test_hanging_wandb_is_ended_in_time_with_what_it_started(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_hanging_wandb_is_ended_in_time_with_what_it_started(
     assert "W&B export was not finished in time" in capfd.readouterr().err
 
 
+@pytest.mark.promise("G10", "deaths of a supervisor")
 def test_exporter_ends_when_the_run_is_killed(run: Path, tmp_path: Path) -> None:
     fake_wandb(tmp_path, "def init(**_): time.sleep(300)\n")
     script = (

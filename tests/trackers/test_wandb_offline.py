@@ -31,6 +31,7 @@ def mark(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"num_rows": 0}
 
 
+@pytest.mark.promise("G18", "trackers")
 def test_run_and_its_resumption_are_one_wandb_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from reasonrun.trackers._wandb_privacy import Scrubber, has_api_key, secret_values
 
 
+@pytest.mark.promise("G18", "trackers")
 def test_paths_and_environment_leave_the_recipe() -> None:
     recipe = {
         "seed": 3,

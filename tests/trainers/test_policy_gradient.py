@@ -324,6 +324,7 @@ class Flaky(Arith):
         return grader
 
 
+@pytest.mark.promise("G17", "rows that cannot be learnt")
 def test_a_group_with_one_ungraded_rollout_is_dropped_whole_and_counted(tmp_path: Path) -> None:
     events = Events()
     job = make_job(tmp_path, task=Flaky)

@@ -200,6 +200,7 @@ class SimpleTokenizer:
         )
 
 
+@pytest.mark.promise("G17", "rows that cannot be learnt")
 def test_pairs_that_cannot_be_learnt_from_are_counted(tmp_path: Path) -> None:
     pairs = pairs_of(
         tmp_path,

@@ -16,6 +16,7 @@ from reasonrun.trainers.sft import SFT
 from reasonrun.trainers.sft_loss import SFTObjective
 
 
+@pytest.mark.promise("G12", "poisoned rows")
 def test_a_poisoned_row_stops_the_run_and_is_named(make_job: Any, events: Events) -> None:
     examples = random_examples(12)
     examples[7] = examples[7].model_copy(update={"weight": float("inf")})
@@ -47,6 +48,7 @@ def replace_losses(monkeypatch: pytest.MonkeyPatch, after: Any) -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.promise("G12", "poisoned gradients")
 def test_a_gradient_that_is_not_finite_is_never_stepped(
     make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
 ) -> None:
@@ -58,6 +60,7 @@ def test_a_gradient_that_is_not_finite_is_never_stepped(
     assert not events and not (Path(job.out_dir) / "final").exists()
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_out_of_memory_halves_the_forward_pass_and_repeats_the_step(
     make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +87,7 @@ def test_out_of_memory_halves_the_forward_pass_and_repeats_the_step(
     assert result.num_tokens == expected.num_tokens
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_a_single_example_that_does_not_fit_is_explained(
     make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +100,7 @@ def test_a_single_example_that_does_not_fit_is_explained(
     assert [event["micro_batch_size"] for event in events] == [2, 1]
 
 
+@pytest.mark.promise("G11", "other errors")
 def test_other_errors_are_not_taken_for_out_of_memory(
     make_job: Any, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_accumulation_is_the_full_batch(
     assert (sum(gradients(model, part) for part in parts) - whole).abs().max().item() < 1e-6
 
 
+@pytest.mark.promise("G17", "rows that cannot be learnt")
 def test_rows_that_cannot_be_learnt_from_are_counted(tmp_path: Path) -> None:
     rows = rows_of(
         tmp_path,

@@ -218,6 +218,7 @@ def test_what_is_left_is_an_ordinary_model_folder(trained: Trained) -> None:
     engine.close()
 
 
+@pytest.mark.promise("G12", "poisoned rows")
 def test_a_poisoned_row_stops_all_processes_before_it_is_learnt_from(trained: Trained) -> None:
     *before, last = trained.events["poisoned"]
     assert last["error"] == "RunFailed" and "loss is not finite at optimizer step" in last["text"]
@@ -248,6 +249,7 @@ class Tight(SFT):
         return settings, objective, left_out
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_a_process_that_runs_out_of_memory_ends_them_all_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_other_weights_under_a_run_are_a_conflict_and_redo_makes_the_merge_and_w
     assert {"one", "merge"} <= moved
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_a_plan_shows_the_merge_with_its_disk_and_is_what_the_run_does(recipe, tmp_path):
     found = plan(recipe(two_merged), Assumptions(), SilentProgress())
     (step,) = [step for step in found.steps if step.verb == "merge"]

@@ -82,6 +82,7 @@ def test_a_finished_run_and_a_replay_do_no_work(finished, monkeypatch):
     assert (directory / "_OK.json").read_bytes() == seal
 
 
+@pytest.mark.promise("G20", "plans against runs")
 def test_the_plan_counts_what_is_sampled_while_training(finished):
     _, outcome = finished
     planned = plan(load("smoke_score", SMALL), Assumptions(), SilentProgress())
@@ -167,6 +168,7 @@ def rewards_without_version(state, graded, settings):
     return turn_rewards(state, graded, settings)
 
 
+@pytest.mark.promise("G13", "stub verdicts")
 def test_no_row_at_all_is_a_finding_with_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "turn_rewards", rewards_nothing)
     with pytest.raises(Finding) as caught:
@@ -206,6 +208,7 @@ def test_what_functions_are_called_with_is_part_of_the_fingerprint(finished, tmp
     assert fingerprint(tmp_path / "run") != fingerprint(finished[0])
 
 
+@pytest.mark.promise("G7", "changed codes")
 def test_optimizer_steps_of_one_step_are_never_made_by_two_codes(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="half way"), monkeypatch.context() as broken:
         broken.setattr("reasonrun.trainers.scripted.ScriptedTrainer._on_policy", stop_half_way)

@@ -65,6 +65,7 @@ def test_closed_pool_starts_again_with_the_model_it_had(make_pool: MakePool, tmp
     assert pool.num_starts == 2
 
 
+@pytest.mark.promise("G3", "pools under ten kills")
 def test_no_unit_is_lost_or_asked_needlessly_under_ten_kills(make_pool: MakePool, tmp_path: Path) -> None:
     log_path = tmp_path / "calls"
     log_path.touch()
@@ -112,6 +113,7 @@ def _last_call(log_path: Path, pid: int | None) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("trouble", ["hang", "hang with the lock"])
+@pytest.mark.promise("G10", "hanging workers")
 def test_hanging_worker_leaves_its_stacks_and_its_unit_to_another(
     make_pool: MakePool, tmp_path: Path, trouble: str
 ) -> None:
@@ -130,6 +132,7 @@ def test_hanging_worker_leaves_its_stacks_and_its_unit_to_another(
     assert f"in {where}" in (tmp_path / "attempt/logs/generation-0.log").read_text()
 
 
+@pytest.mark.promise("G10", "slow workers")
 def test_slow_worker_that_makes_tokens_is_left_alone(make_pool: MakePool) -> None:
     # Four completions of 0.7 s take longer than the limit, none of them does.
     pool = make_pool(seconds=0.7, limits=Limits(stall_seconds=2.2))
@@ -158,6 +161,7 @@ def test_time_in_which_the_supervisor_did_not_look_is_not_held_against_a_worker(
     ("trouble", "status", "tail"),
     [("exit", "ended with status 9", "last words of the engine"), ("exception", "status 70", "the stub is broken")],
 )
+@pytest.mark.promise("G10", "crashing workers")
 def test_request_that_ends_its_workers_is_named_after_everything_else_is_answered(
     make_pool: MakePool, tmp_path: Path, trouble: str, status: str, tail: str
 ) -> None:
@@ -184,6 +188,7 @@ def _place(completion: Completion) -> tuple[str, int]:
     return completion.request, completion.index
 
 
+@pytest.mark.promise("G10", "hanging workers")
 def test_engine_that_never_answers_is_given_up_soon(make_pool: MakePool, tmp_path: Path) -> None:
     keys = tuple(request.key for _, requests in make_units(20) for request in requests)
     pool = make_pool(trouble="exit", trouble_keys=keys)
@@ -226,6 +231,7 @@ def test_error_of_a_plug_in_arrives_as_the_class_it_refines(make_pool: MakePool)
         ("slow construction", r"did not start within 0\.6 s"),
     ],
 )
+@pytest.mark.promise("G10", "hanging workers")
 def test_worker_that_never_gets_ready_is_given_up(make_pool: MakePool, trouble: str, reason: str) -> None:
     limits = Limits(start_seconds=0.6 if trouble == "slow construction" else 60)
     pool = make_pool(trouble=trouble, limits=limits)
@@ -250,6 +256,8 @@ def test_logprobs_keep_their_order_over_workers(make_pool: MakePool) -> None:
     assert pool.logprobs([]) == []
 
 
+@pytest.mark.promise("G9", "stops of busy workers")
+@pytest.mark.promise("G10", "stops of busy workers")
 def test_stop_ends_busy_workers_at_once(make_pool: MakePool, started: list[int]) -> None:
     asked_to_stop: list[int] = []
     pool = make_pool(num_workers=2, seconds=30, interrupted=lambda: asked_to_stop[-1] if asked_to_stop else 0)

@@ -11,6 +11,7 @@ from reasonrun.workers.signals import StopFlag, StopNow
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.promise("G9", "signals")
 def test_first_signal_sets_the_code_and_says_how_to_continue(
     capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
@@ -25,6 +26,7 @@ def test_first_signal_sets_the_code_and_says_how_to_continue(
     assert lines[0].endswith("the same command continues this run: reasonrun train x.yaml --run 'my run'")
 
 
+@pytest.mark.promise("G9", "second Ctrl-C")
 def test_second_interrupt_raises_and_a_second_term_does_not() -> None:
     with StopFlag("x") as flag:
         os.kill(os.getpid(), signal.SIGTERM)

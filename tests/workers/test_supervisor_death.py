@@ -75,12 +75,14 @@ def make_scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
 
 
 @pytest.mark.parametrize("trouble", ["hang", "hang with the lock"])
+@pytest.mark.promise("G10", "deaths of a supervisor")
 def test_killed_supervisor_takes_everything_along(make_scene: Callable[..., Scene], trouble: str) -> None:
     scene = make_scene(polls=True, trouble=trouble, trouble_keys=("request-2",))
     os.kill(scene.process.pid, signal.SIGKILL)
     assert scene.wait_until_gone() < 5
 
 
+@pytest.mark.promise("G10", "deaths of a supervisor")
 def test_killed_supervisor_takes_a_training_worker_with_its_ranks_along(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene(polls=True, num_ranks=2)
     os.kill(scene.process.pid, signal.SIGKILL)
@@ -88,6 +90,8 @@ def test_killed_supervisor_takes_a_training_worker_with_its_ranks_along(make_sce
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.promise("G9", "signals to a group")
+@pytest.mark.promise("G10", "signals to a group")
 def test_signal_to_the_group_stops_without_orphans(
     make_scene: Callable[..., Scene], number: signal.Signals, code: int
 ) -> None:
@@ -101,6 +105,7 @@ def test_signal_to_the_group_stops_without_orphans(
     assert "Traceback" not in errors
 
 
+@pytest.mark.promise("G9", "second Ctrl-C")
 def test_second_interrupt_stops_a_supervisor_that_does_not_look(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene(polls=False)
     os.killpg(scene.process.pid, signal.SIGINT)

@@ -68,6 +68,7 @@ def test_launcher_decides_the_number_of_processes_and_what_they_divide(worker_op
     assert (metrics["num_processes"], metrics["is_sharded"]) == (3, 1)
 
 
+@pytest.mark.promise("G11", "out of memory")
 def test_processes_that_cannot_halve_by_themselves_start_again_with_less_at_a_time(
     worker_options: dict[str, Any],
 ) -> None:
@@ -106,6 +107,7 @@ def test_crash_goes_on_from_the_checkpoint_that_retry_names(worker: TrainingWork
     assert worker.num_starts == 2
 
 
+@pytest.mark.promise("G10", "crashing workers")
 def test_two_crashes_without_a_checkpoint_between_are_final(worker: TrainingWorker) -> None:
     retried: list[int] = []
 
@@ -118,6 +120,7 @@ def test_two_crashes_without_a_checkpoint_between_are_final(worker: TrainingWork
     assert len(retried) == 1
 
 
+@pytest.mark.promise("G10", "hanging workers")
 def test_training_that_hangs_is_ended_with_its_stacks(worker: TrainingWorker, tmp_path: Path) -> None:
     with pytest.raises(WorkerCrash, match=r"made no progress for 1\.2 s[\s\S]*in hang_in_python"):
         worker.train(make_job(crash_at=2, trouble="hang"), lambda event: None)
@@ -130,6 +133,8 @@ def test_finding_of_a_trainer_arrives(worker: TrainingWorker) -> None:
     assert caught.value.evidence == {"wrong": 3, "share": 0.5}
 
 
+@pytest.mark.promise("G9", "stops of busy workers")
+@pytest.mark.promise("G10", "stops of busy workers")
 def test_stop_ends_training_with_the_code_of_the_signal(worker_options: dict[str, Any]) -> None:
     events: list[dict[str, Any]] = []
     options = {**worker_options, "interrupted": lambda: 130 if events else 0}
