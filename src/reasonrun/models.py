@@ -194,6 +194,11 @@ def _from_hub(settings: ModelSettings) -> Path:
             f"The Hub does not give model.hub={hub}, revision {revision or 'main'}: {reason}",
             hint="Check the name and model.revision; for a private or gated model run `hf auth login`.",
         ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:  # a full disk, a proxy's page in place of an answer
+        raise EnvironmentProblem(
+            f"model.hub={hub} could not be fetched: {type(error).__name__}: {error}",
+            hint="Check disk and proxy (HF_ENDPOINT, HF_HUB_CACHE), or copy the folder here and name it with model.path.",
+        ) from error
 
 
 def _smollm2(python: str, notify: Callable[[str], None]) -> Path:

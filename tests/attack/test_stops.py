@@ -17,8 +17,8 @@ from toy_server import final_bytes
 
 pytestmark = pytest.mark.attack
 
-TRAIN = ["train", "smoke_star", "task.num_train=12", "task.num_dev=6", "task.num_test=6", "method.rounds=2"]
-LAST = "final-trainings=2/test-last"
+TRAIN = ["train", "smoke_star", "task.num_train=12", "task.num_dev=6", "task.num_test=6", "method.rounds=1"]
+LAST = "final-trainings=1/test-last"
 SMALL = [*TRAIN, "evaluate.num_samples=2", "engine.unit_rows=8"]
 
 
