@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := $(VENV)/vllm
 
-.PHONY: demo test check attack attack-nightly heavy vllm slurm fmt smoke bench tiny clean install
+.PHONY: demo test check attack attack-nightly soak heavy vllm slurm fmt smoke bench tiny clean install
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -19,13 +19,18 @@ demo: install
 	$(BIN)/reasonrun train star_arith
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 attack: install
 	$(BIN)/python -m pytest -m '(attack or promise) and not heavy'
 
 attack-nightly: attack
+	$(BIN)/python scripts/plant_faults.py
 	$(BIN)/python scripts/kill_loop.py --kills 5000 --seed $$(date +%Y%m%d)
+	$(BIN)/python scripts/kill_stages.py
+
+soak: install
+	$(BIN)/python scripts/kill_loop.py --kills 1000000 --seconds 3600 --seed $$(date +%Y%m%d)
 
 heavy: install vllm slurm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'

@@ -30,16 +30,14 @@ class SelfRationalize(Method):
     3. Pairs of judgements of one item (``pairs.strategy``, ``pairs.margin``).
     4. J_t: DPO from J_{t-1} with J_{t-1} as the reference.
 
-    ``learn: chosen`` is the control that the paper lacks: fine-tuning on the winners of the same pairs. In the style
-    score_only a judge scores without a rationale (``judge.style``, ``evaluate.style``).
+    Controls: ``learn: chosen``, not in the paper, fine-tunes on the winners of the pairs; style score_only has no rationale.
 
     Departures from the paper, whose code is not published, and what it leaves open:
 
-    - DPO's beta, learning rate and batch, the number of judgements and of pairs per item are this project's choice.
+    - DPO's beta, rate and batch, judgements and pairs per item, items for J_0 alone (``seed_judge.num_items``) are our choice.
     - the margin is the loser's distance from the gold score; for a meta-judge, that of the two ratings.
     - a judgement takes part in one pair, those of like length first, and ``pairs.balance`` draws them evenly; a meta-judge
       rates greedily; what cannot be read is left out and counted, never sampled again.
-    - gold judgements come from items of their own where ``seed_judge.num_items`` is given.
     """
 
     paper = "Trivedi et al. 2024, arXiv 2410.05495"
