@@ -22,7 +22,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 attack: install
-	$(BIN)/python -m pytest -m '(attack or promise) and not heavy'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m '(attack or promise) and not heavy'
 
 attack-nightly: attack
 	$(BIN)/python scripts/plant_faults.py

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,19 @@ _counts = pytest.StashKey[dict[str, Counter[str]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_counts] = {f"G{number}": Counter() for number in range(1, NUM_PROMISES + 1)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one prints
+        session.config.workeroutput["promises"] = {
+            promise: dict(cases) for promise, cases in session.config.stash[_counts].items()
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    for promise, cases in getattr(node, "workeroutput", {}).get("promises", {}).items():
+        node.config.stash[_counts][promise].update(cases)
 
 
 @pytest.fixture(scope="session")
