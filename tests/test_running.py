@@ -146,7 +146,9 @@ def test_nothing_to_learn_from_is_a_finding_with_counts_and_says_so_again(tmp_pa
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_generated(tmp_path):
-    with pytest.raises(RecipeError, match=r"12 of 12 prompts do not fit.*context holds 768"):
+    with pytest.raises(
+        RecipeError, match=r"the answer up to 800\. The model's context holds 768\n.*lower max_new_tokens to \d"
+    ):
         execute(tmp_path / "run", "method.max_new_tokens=800", "evaluate.max_new_tokens=32")
 
 

@@ -158,13 +158,20 @@ def require_room(
     longest = max(asks, key=lambda ask: len(ask.all_ids))
     between = sum(len(renderer.next_turn((), (), [Message(role="user", content=said)])) for said in turns)
     needed = len(longest.all_ids) + between + (1 + len(turns)) * max_new_tokens
-    if needed > limit:
-        raise RecipeError(
-            f"a conversation of {1 + len(turns)} turns may need {needed} tokens: the longest prompt (problem"
-            f" {longest.problem.id}) has {len(longest.all_ids)}, each turn up to {max_new_tokens}. The model's context and"
-            f" the trainer's max_length allow {limit}",
-            hint="lower max_new_tokens, raise max_length, or take a model with a longer context",
-        )
+    if needed <= limit:
+        return
+    room = (limit - len(longest.all_ids) - between) // (1 + len(turns))
+    whole = f"a conversation of {1 + len(turns)} turns" if turns else "an answer with its prompt"
+    source = longest.problem.meta.get("source", "")
+    item = f"problem {longest.problem.id}{f' of {source}' if source else ''}"
+    allowed = " and the trainer's max_length allow" if turns else " holds"
+    hint = f"lower max_new_tokens to {room}, " if room > 0 else ""
+    raise RecipeError(
+        f"{whole} may need {needed} tokens: the longest prompt ({item}) has {len(longest.all_ids)},"
+        f" {'each turn' if turns else 'the answer'} up to {max_new_tokens}. The model's context"
+        f"{allowed} {limit}",
+        hint=f"{hint}{'raise max_length, ' if turns else 'use fewer demonstrations, '}or take a model with a longer context",
+    )
 
 
 def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:

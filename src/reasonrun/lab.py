@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from reasonrun.verbs.preflight import PREFLIGHT_PROBLEMS, PREFLIGHT_SAMPLES, loo
 from reasonrun.verbs.sampling import SampleJob, sample
 from reasonrun.verbs.scoring import LogprobSet, evaluate_pairs, logprobs
 from reasonrun.verbs.training import TrainRequest, train
+
+_LONGEST = 256
+"""Texts that are rendered to learn whether all fit; most tokens are nearly always among most characters."""
 
 
 class Lab:
@@ -183,12 +187,24 @@ class Lab:
         return sample(self._context, job)
 
     def require_room(
-        self, problems: ProblemSet, *, style: str, turns: Sequence[str], max_new_tokens: int, limit: int
+        self,
+        problems: ProblemSet,
+        *,
+        styles: Sequence[str],
+        turns: Sequence[str] = (),
+        max_new_tokens: int,
+        limit: int = 1 << 30,
     ) -> None:
-        """Refuse conversations of several turns that may exceed ``limit`` or the context, before anything is sampled."""
+        """Refuse answers, or conversations of several turns, that may exceed ``limit`` or the context, before anything is
+        sampled. Of many problems only those with the longest texts are rendered."""
         context = self._context
         renderer, task = context.renderer, context.task
-        asks = (ask_in_style(p, task.messages(p, style), task.opening(style), renderer) for p in problems)
+
+        def num_characters(asked: tuple[Problem, str]) -> int:
+            return sum(len(message.content) for message in task.messages(*asked))
+
+        asked = heapq.nlargest(_LONGEST, ((p, style) for style in styles for p in problems), key=num_characters)
+        asks = (ask_in_style(p, task.messages(p, style), task.opening(style), renderer) for p, style in asked)
         require_room(asks, turns, max_new_tokens, min(limit, renderer.context_length), renderer)
 
     def fitting(self, model: Checkpoint, source: About, *, prompt: AskAbout, max_new_tokens: int) -> About:

@@ -73,12 +73,9 @@ def test_a_wrong_path_is_replaced_by_what_is_there_and_the_same_command_goes_on(
 def test_a_prompt_that_is_too_long_fits_after_the_first_proposal() -> None:
     write(RECIPE.replace("max_new_tokens: 64\neval", "max_new_tokens: 700\neval"))
     message = refused(2, "train", "mine.yaml")
-    found = re.search(
-        r"has (\d+) tokens and max_new_tokens is (\d+): \d+ tokens, the model's context holds (\d+)", message
-    )
-    assert found and "lower max_new_tokens" in message
-    half = (int(found[3]) - int(found[1])) // 2  # hinted prompts are longer than the ones that were looked at
-    write(Path("mine.yaml").read_text().replace(f"max_new_tokens: {found[2]}", f"max_new_tokens: {half}"))
+    found = re.search(r"the answer up to (\d+)\..*\n.*lower max_new_tokens to (\d+),", message)
+    assert found, message
+    write(Path("mine.yaml").read_text().replace(f"max_new_tokens: {found[1]}", f"max_new_tokens: {found[2]}"))
     succeeds("train", "mine.yaml")
 
 

@@ -74,7 +74,7 @@ class TurnRewards(Settings):
 def require_room(lab: Lab, num_attempts: int, *, style: str, max_new_tokens: int, limit: int) -> None:
     """Refuse, before anything is sampled, training problems whose attempts may not fit into ``limit`` or the context."""
     again = [lab.task.correction()] * (num_attempts - 1)
-    lab.require_room(lab.problems("train"), style=style, turns=again, max_new_tokens=max_new_tokens, limit=limit)
+    lab.require_room(lab.problems("train"), styles=[style], turns=again, max_new_tokens=max_new_tokens, limit=limit)
 
 
 def correction_findings(lab: Lab, *, held_until: str = "") -> list[str]:

@@ -91,6 +91,13 @@ class STaR(Method):
             grown = min(number, self.steps_freeze_at) if self.steps_freeze_at else number
             return int(self.steps_start * self.steps_growth ** (grown - 1) + 1e-9)
 
+    def before(self, lab: Lab) -> None:
+        config = self.config
+        styles = {config.style, config.later_style} | (
+            {"hinted"} if config.rationalize and config.keep == "correct" else set()
+        )
+        lab.require_room(lab.problems("train"), styles=sorted(styles), max_new_tokens=config.max_new_tokens)
+
     def run(self, lab: Lab) -> Checkpoint:
         config = self.config
         problems = lab.problems("train")

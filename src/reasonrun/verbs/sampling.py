@@ -126,13 +126,14 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
     needed = len(longest.all_ids) + job.sampling.max_new_tokens
     if needed <= limit:
         return
-    whole, hint = "", "lower max_new_tokens, use fewer demonstrations, or take a model with a longer context"
+    room = limit - len(longest.all_ids)
+    whole, hint = "", f"lower max_new_tokens to {room}, use fewer demonstrations, or take a model with a longer context"
     if job.kind == "turn":
         whole = ", with its earlier answers, which are never cut,"
         hint = (
             "lower max_new_tokens, which bounds those too, ask for fewer turns, or take a model with a longer context"
         )
-    if len(longest.all_ids) >= limit:
+    if room <= 0:
         hint = "take a model with a longer context, or leave this problem out: no answer fits after its prompt"
     num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
     source = longest.problem.meta.get("source", "")
