@@ -29,7 +29,7 @@ from reasonrun.probing import probe_ids
 from reasonrun.recipe import load
 from reasonrun.recipe_fields import ModelSettings
 from reasonrun.records import Checkpoint, Sampling
-from reasonrun.running import RunOptions, make_context
+from reasonrun.running import RunOptions, inputs, make_context
 from reasonrun.workers.pool import GenerationPool
 
 # What the engine itself sets on the CPU, so that both sides run vLLM alike.
@@ -121,7 +121,7 @@ def throughput(model: str, num_prompts: int, max_new_tokens: int, repeats: int) 
         with RunDir.open(
             Path(folder) / "run", identity={"recipe": recipe.resolved}, command="bench", attempt={}
         ) as run_dir:
-            context = make_context(recipe, run_dir, SilentProgress(), options)
+            context = make_context(recipe, run_dir, SilentProgress(), options, *inputs(recipe))
             with closing(context.host):
                 lab = Lab(context)
                 alone: Alone | None = None

@@ -85,6 +85,14 @@ FAULTS = (
         "tests/test_lab.py::test_changed_code_that_chooses_other_rows_stops_and_equal_code_goes_on",
     ),
     Fault(
+        "G7",
+        "a changed recipe is applied at the next step",
+        "verbs/context.py",
+        "if self.recipe_changes and self.run_dir.committed(name) is None:",
+        "if False:",
+        "tests/test_running.py -k change",
+    ),
+    Fault(
         "G8",
         "a full disk is passed over",
         "ledger/files.py",

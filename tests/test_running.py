@@ -92,6 +92,59 @@ def test_a_changed_recipe_stops_and_names_field_and_step(clean, tmp_path):
 
 
 @pytest.mark.promise("G7", "changed recipes")
+@pytest.mark.parametrize("num_looks", [4, 8, 12, 16])
+def test_a_change_that_was_refused_can_be_taken_back(clean, tmp_path, num_looks):
+    calls = iter(range(10_000))
+    with pytest.raises(Stopped):
+        execute(tmp_path / "run", interrupted=lambda: 75 if next(calls) > num_looks else 0)
+    before = content(tmp_path / "run")
+    with pytest.raises(RunConflict, match=r"evaluate\.max_new_tokens: None -> 32"):
+        execute(tmp_path / "run", "evaluate.max_new_tokens=32")
+    assert content(tmp_path / "run") == before
+    execute(tmp_path / "run")
+    assert content(tmp_path / "run") == content(clean[0])
+
+
+@pytest.mark.promise("G7", "changed recipes")
+def test_a_change_goes_in_where_redo_names_the_step_that_it_begins_with(tmp_path):
+    changed = ("method.temperature=0.5",)
+    calls = iter(range(10_000))
+    with pytest.raises(Stopped):
+        execute(tmp_path / "run", interrupted=lambda: 75 if next(calls) > 30 else 0)
+    with pytest.raises(RunConflict) as refused:
+        execute(tmp_path / "run", *changed)
+    named = str(refused.value).split("--redo ")[1].split()[0]
+    with pytest.raises(RunConflict, match=r"method\.temperature: 1\.0 -> 0\.5"):
+        execute(tmp_path / "run", *changed, redo="round-002/sampel")
+    for _ in range(20):  # each conflict names the next step that the change concerns
+        try:
+            execute(tmp_path / "run", *changed, redo=named)
+            break
+        except RunConflict as conflict:
+            named = str(conflict).split("--redo ")[1].split()[0]
+    assert execute(tmp_path / "run", *changed).already_finished
+    execute(tmp_path / "fresh", *changed)
+    assert content(tmp_path / "run") == content(tmp_path / "fresh")
+
+
+@pytest.mark.promise("G7", "changed recipes")
+def test_a_finished_run_is_made_again_from_a_step_on_with_a_changed_recipe(tmp_path):
+    execute(tmp_path / "run")
+    with pytest.raises(RunConflict):
+        execute(tmp_path / "run", "method.sft.lr=1e-5")
+    outcome = execute(tmp_path / "run", "method.sft.lr=1e-5", redo="round-001/train")
+    assert not outcome.already_finished
+    execute(tmp_path / "fresh", "method.sft.lr=1e-5")
+    assert content(tmp_path / "run") == content(tmp_path / "fresh")
+
+
+def test_a_mistake_in_model_or_data_leaves_no_run_behind(tmp_path):
+    with pytest.raises(RecipeError):
+        execute(tmp_path / "run", "model.name=null", f"model.path={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.promise("G7", "changed recipes")
 def test_a_finished_run_refuses_another_recipe(clean):
     with pytest.raises(RunConflict, match=r"method\.rounds: 2 -> 1"):
         execute(clean[0], "method.rounds=1")

@@ -10,6 +10,7 @@ from typing import Any
 
 from reasonrun.code_digest import code_changed, code_digests, versions
 from reasonrun.conditions import conditions
+from reasonrun.contracts import Task
 from reasonrun.errors import Finding, RecipeError, RunConflict, Stopped
 from reasonrun.hosts import engine_is_scripted, further_models, scripted_host, with_endpoints
 from reasonrun.lab import Lab
@@ -61,6 +62,9 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
     """
     further = goes_further(options.directory, recipe)
     method = recipe.classes["method"]
+    given = (
+        None if (options.directory / "run.json").exists() else inputs(recipe)
+    )  # a mistake in them leaves no run behind
     with RunDir.open(
         options.directory,
         identity={"recipe": recipe.resolved},
@@ -73,7 +77,9 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         },
         reopen=options.redo is not None or further,
     ) as run_dir:
-        if options.redo:
+        # A step that is still to be made can be named, too, to say that it is meant to be made by the changed recipe.
+        moved: list[str] = []
+        if options.redo and (options.redo in run_dir.steps() or not diff(run_dir.identity["recipe"], recipe)):
             moved = run_dir.redo(options.redo)
             progress.say(f"to quarantine: {', '.join(moved)}")
         if run_dir.finished is not None and not further:
@@ -81,8 +87,9 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
         for orphan in run_dir.ended_orphans:
             progress.say(f"ended what an earlier attempt had left behind: {orphan}")
-        context = make_context(recipe, run_dir, progress, options)
+        context = make_context(recipe, run_dir, progress, options, *(given or inputs(recipe)))
         context.recipe_changes = _changes(run_dir, recipe, options, progress)
+        context.takes_changes_at = "*" if moved else options.redo or ""
         with closing(context.host), _tracking(context, recipe):
             return _run(context, recipe, options)
 
@@ -107,10 +114,18 @@ def _tracking(context: Context, recipe: ResolvedRecipe) -> Iterator[None]:
         yield
 
 
-def make_context(recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, options: RunOptions) -> Context:
+def inputs(recipe: ResolvedRecipe) -> tuple[Task, Checkpoint]:
+    """Task and base, with every problem read: what is missing at the end is said at the beginning."""
+    task, base = recipe.classes["task"](recipe.task), resolve(recipe.model)
+    for split in ("train", "dev", "test") if recipe.classes["method"].trains else [recipe.method.split]:
+        task.problems(split)
+    return task, base
+
+
+def make_context(
+    recipe: ResolvedRecipe, run_dir: RunDir, progress: Progress, options: RunOptions, task: Task, base: Checkpoint
+) -> Context:
     """Everything that the verbs need for one attempt."""
-    task = recipe.classes["task"](recipe.task)
-    base = resolve(recipe.model)
     renderer = Renderer.load(Path(base.path))
     problems: dict[str, Problem] = {}
 
@@ -151,9 +166,6 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
     lab = Lab(context)
     method = recipe.classes["method"](recipe.method)
     try:
-        if method.trains:
-            for split in ("dev", "test"):  # what is missing at the end is said at the beginning
-                context.task.problems(split)
         method.before(lab)
         preflight(lab, method, recipe.preflight)
         last = method.run(lab)
@@ -254,8 +266,7 @@ def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progr
         progress.say(f"nothing was made yet in {run_dir.path}, so it takes the changed recipe:")
         for line in stopping:
             progress.say(f"  {line}")
-        for step in run_dir.steps():
-            run_dir.redo(step)
+        run_dir.set_aside(run_dir.steps())
         stopping, moved = [], True
     if moved and not stopping:
         run_dir.amend({"recipe": recipe.resolved})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonrun.cli.main import echo, print_json
-from reasonrun.ledger.catalogue import read_lines
+from reasonrun.ledger.catalogue import read_lines, step_states
 from reasonrun.report.rounds import format_result, format_table, round_table, seconds_by_step
 from reasonrun.report.run_record import attempt_notes, check_is_run
 from reasonrun.report.spending import Spending, format_spending, spending, spending_document
@@ -36,13 +36,14 @@ def status_command(run: Path | None, *, as_json: bool) -> None:
 def read_run(run: Path) -> dict[str, Any]:
     """What the files of a run say. Raises RecipeError when the folder is no run."""
     check_is_run(run)
-    rows = read_lines(run / "metrics.jsonl")
+    committed = {name for name, state in step_states(run).items() if state == "committed"}
+    rows = [row for row in read_lines(run / "metrics.jsonl") if row["step"] in committed]  # others were set aside since
     notes = attempt_notes(run)
     done = run / "_OK.json"
     return {
         "state": "finished" if done.exists() else "unfinished",
         "num_attempts": len(list(run.glob("attempts/*"))),
-        "num_steps": len(rows),
+        "num_steps": len(committed),
         "steps": rows,
         "seconds": seconds_by_step(notes),
         "notes": notes,

@@ -102,6 +102,7 @@ class Context:
     code_changed: bool = False
     accept_code: bool = False
     recipe_changes: list[str] = field(default_factory=list)  # semantic fields that differ from the run's own recipe
+    takes_changes_at: str = ""  # the step from which on a changed recipe is meant (--redo); * is any
     planned: list[PlannedStep] | None = None
     max_problems: int | None = None  # in a rehearsal: the problems of a split that take part
     tokens_per_completion: float = 0.0  # in a rehearsal: an assumed length; 0 takes the script's
@@ -136,19 +137,30 @@ class Context:
     def open_step(self, name: str, fingerprint: dict[str, Any]) -> Committed | OpenStep:
         """The committed step of that name, or the open one to work on; raises RunConflict when they differ."""
         self.check_stop()
+        if self.recipe_changes and self.run_dir.committed(name) is None:
+            self._meet_change(name)
         try:
             step = self.run_dir.step(name, fingerprint)
         except RunConflict as conflict:
             conflict.message += self._changed_fields("which fits these changes of the recipe:")
             raise
-        if isinstance(step, OpenStep) and self.recipe_changes:
+        return self._borrow(step, fingerprint) or step if isinstance(step, OpenStep) else step
+
+    def _meet_change(self, name: str) -> None:
+        """At the first step that the changed recipe would make: take the change, if ``--redo`` asked for it, or refuse.
+
+        What is committed and was reached before has the fingerprints of the changed recipe, so it stays.
+        """
+        if self.takes_changes_at not in ("*", name):
             raise RunConflict(
                 f"the recipe of {self.run_dir.path} changed, and step {name} would be the first to use it:"
                 + self._changed_fields(),
-                hint="revert the change; or start a new run with --run NEW; or, to make a committed step again with the"
-                " change, --redo STEP",
+                hint="revert the change; or start a new run with --run NEW; or, to go on in this one with the change,"
+                f" --redo {name}",
             )
-        return self._borrow(step, fingerprint) or step if isinstance(step, OpenStep) else step
+        self.run_dir.amend({"recipe": self.recipe.resolved})
+        self.progress.say(f"from step {name} on, {self.run_dir.path} has the changed recipe:{self._changed_fields()}")
+        self.recipe_changes = []
 
     def _borrow(self, step: OpenStep, fingerprint: dict[str, Any]) -> Committed | None:
         if self.donors is None:
