@@ -115,7 +115,15 @@ FAULTS = (
         "workers/signals.py",
         "            raise StopNow\n",
         "            return\n",
-        "tests/attack/test_stops.py -k 'INT-INT or INT'",
+        "tests/attack/test_stops.py -k 'INT'",
+    ),
+    Fault(
+        "G9",
+        "a run looks for signals at its end only",
+        "running.py",
+        "        exit_code = options.interrupted()\n",
+        '        exit_code = options.interrupted() if (options.directory / "steps/final-trainings=1").exists() else 0\n',
+        "tests/attack/test_stops.py -k TERM",
     ),
     Fault(
         "G10",

@@ -91,8 +91,8 @@ def test_without_any_network_the_run_is_the_same(work: tuple[Path, dict[str, byt
     assert final_bytes(folder / "alone") == expected
 
 
-@pytest.mark.promise("G16", "runs stopped and continued without network")
-def test_a_run_that_was_killed_goes_on_without_network(work: tuple[Path, dict[str, bytes]], alone: list[str]) -> None:
+@pytest.mark.promise("G16", "unfinished runs continued without network")
+def test_an_unfinished_run_goes_on_without_network(work: tuple[Path, dict[str, bytes]], alone: list[str]) -> None:
     folder, expected = work
     shutil.copytree(folder / "clean", folder / "cut")
     for name in ("_OK.json", "metrics.jsonl", "steps/round-001/train", "steps/final-trainings=1"):
