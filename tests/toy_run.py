@@ -169,6 +169,7 @@ def _serve() -> None:
                 os._exit(1)
             os._exit(0)
         if json.loads(line).get("traced"):
+            os.waitpid(pid, os.WUNTRACED)  # a child that is told to go on before it has stopped would stop for ever
             print(pid, flush=True)
         print(os.waitstatus_to_exitcode(_wait(pid, json.loads(line))), flush=True)
 
