@@ -133,6 +133,7 @@ HARMS: dict[str, Callable[[Path], Any]] = {
     "metrics line gone": lambda run: (run / "metrics.jsonl").write_bytes(
         b"".join((run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[1:])
     ),
+    "metrics gone": lambda run: (run / "metrics.jsonl").unlink(),
     "root seal": lambda run: truncate(run / "_OK.json"),
     "several": several,
 }
@@ -192,6 +193,21 @@ def test_a_damaged_log_keeps_the_rows_that_verify(
         for name, data in tree(clean).items()
         if name != "run.json"  # it was begun with smaller units
     }
+
+
+def test_two_stops_before_the_first_line_of_the_record_are_no_damage(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    monkeypatch.setenv("REASONRUN_FAULT", "projection.before_rename:EIO")
+    for _ in range(2):
+        train(path)
+    monkeypatch.delenv("REASONRUN_FAULT")
+    assert len(list(path.glob("steps/**/_OK.json"))) == 2 and not (path / "metrics.jsonl").exists()
+    code, out = call("verify", str(path))
+    assert code == 0 and "note: metrics.jsonl is missing, although 2 steps are committed" in out
+    code, out = call("repair", str(path), "--yes")
+    assert code == 0 and "metrics.jsonl\n" not in out and call("verify", str(path))[0] == 0
 
 
 @pytest.mark.promise("G7", "changed recipes")

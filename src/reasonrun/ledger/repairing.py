@@ -66,12 +66,13 @@ def plan_repair(path: Path, findings: Iterable[Finding]) -> Repair:
         derived = path / "derived"
         names = sorted(entry.name for entry in derived.glob("*") if _CACHE.fullmatch(entry.name))
         caches += [f"derived/{name}" for name in names]
-    if damaged and not steps:  # the files are gone already: the run has to be taken up again all the same
-        files += ["_OK.json"] if (path / "_OK.json").exists() else []
+    gone = [file for file in files if not (path / _whole(file)).exists()]
+    if (damaged and not steps) or gone:  # there is nothing to move: the run has to be taken up again all the same
+        files.append("_OK.json")
     return Repair(
         steps=tuple(steps),
         logs=tuple(logs.items()),
-        files=tuple(dict.fromkeys(_whole(file) for file in files)),
+        files=tuple(file for file in dict.fromkeys(map(_whole, files)) if (path / file).exists()),
         caches=tuple(dict.fromkeys(caches)),
         left=tuple(damage for damage in damages if damage.remedy == "restore"),
     )
