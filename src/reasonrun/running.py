@@ -166,13 +166,14 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
         raise
     run_dir = context.run_dir
     run_dir.write_projection("metrics.jsonl", context.rows)  # before anything is pruned: it names what is there
-    unreached = run_dir.unreached()
+    unreached, states = run_dir.unreached(), run_dir.steps()
+    committed = sorted(name for name in unreached if states[name] == "committed")
     if unreached and options.prune:
-        run_dir.prune(unreached)
-    elif unreached:
+        run_dir.prune(unreached)  # those that were only begun, too: their inputs leave
+    elif committed:
         context.progress.say(
-            f"{len(unreached)} committed steps are not part of this recipe any more and are left out of every report:"
-            f" {', '.join(sorted(unreached)[:5])}. --prune removes them"
+            f"{len(committed)} committed steps are not part of this recipe any more and are left out of every report:"
+            f" {', '.join(committed[:5])}. --prune removes them"
         )
     run_dir.finish(result)
     return Outcome(directory=run_dir.path, result=result, rows=context.rows)

@@ -55,9 +55,10 @@ def plan_repair(path: Path, findings: Iterable[Finding]) -> Repair:
     """What there is to do about what was found in the run directory ``path``. Touches nothing."""
     found = list(findings)
     damages = [finding for finding in found if isinstance(finding, Damage)]
-    damaged = list(dict.fromkeys(damage.step for damage in damages if damage.remedy == "redo"))
+    damaged = [damage.step for damage in damages if damage.remedy == "redo"]
+    stale = [note.step for note in found if isinstance(note, Note) and note.stale and note.step]
     present = step_states(path)
-    steps = [step for step in closure(path, damaged) if step in present]
+    steps = [step for step in closure(path, [*damaged, *stale]) if step in present]
     moved = tuple(f"steps/{step}/" for step in steps)
     logs = {damage.step: damage.what for damage in damages if damage.remedy == "log" and damage.step not in steps}
     files = [finding.path for finding in found if _is_to_move(finding) and not finding.path.startswith(moved)]
@@ -79,7 +80,7 @@ def plan_repair(path: Path, findings: Iterable[Finding]) -> Repair:
 
 
 def _is_to_move(finding: Finding) -> bool:
-    return finding.stale if isinstance(finding, Note) else finding.remedy == "aside"
+    return finding.stale and not finding.step if isinstance(finding, Note) else finding.remedy == "aside"
 
 
 def _whole(file: str) -> str:

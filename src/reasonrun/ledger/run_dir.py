@@ -199,8 +199,8 @@ class RunDir:
         return step_states(self.path)
 
     def unreached(self) -> list[str]:
-        """Committed steps that this attempt has not asked for."""
-        return [name for name, state in self.steps().items() if state == "committed" and name not in self.reached]
+        """Steps, committed or begun, that this attempt has not asked for."""
+        return [name for name in self.steps() if name not in self.reached]
 
     def redo(self, name: str) -> list[str]:
         """Move a step and every step that depends on its result to quarantine.

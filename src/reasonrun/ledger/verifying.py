@@ -6,14 +6,14 @@ What rows mean is checked by ``report/row_checks.py``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from reasonrun.errors import ReasonrunError, RunFailed
 from reasonrun.ledger.attempts import ATTEMPT_NAME
-from reasonrun.ledger.catalogue import RUN_NAME, identity_digest, step_inputs, step_states
+from reasonrun.ledger.catalogue import RUN_NAME, StepState, identity_digest, step_inputs, step_states
 from reasonrun.ledger.damage import Damage, Finding, Note, Promise
 from reasonrun.ledger.files import Files, decode_json
 from reasonrun.ledger.open_step_checks import check_open_step
@@ -42,7 +42,7 @@ def verify_ledger(path: Path, files: Files, *, deep: bool) -> Iterator[Finding]:
             yield from _check_committed(path, name, files, deep=deep)
         elif not record:
             yield from check_open_step(path, name, files, deep=deep)
-    yield from _check_inputs(path, set(states), {name for name, state in states.items() if state == "committed"})
+    yield from _check_inputs(path, states)
     yield from _check_root(path, files)
     yield from _check_attempts(path)
     yield from _leftovers(path)
@@ -124,13 +124,17 @@ def _unsealed(path: Path, folder: Path, seal: Seal) -> Iterator[Finding]:
                 yield Damage(path=where, what=what, promise="G5", remedy="aside")
 
 
-def _check_inputs(path: Path, present: set[str], committed: set[str]) -> Iterator[Damage]:
+def _check_inputs(path: Path, states: Mapping[str, StepState]) -> Iterator[Finding]:
     """Every step was made from steps that are committed."""
     readers = defaultdict(list)
-    for name in sorted(present):
-        for source in step_inputs(path, name):
-            if source not in committed:
+    for name, state in states.items():
+        gone = [source for source in step_inputs(path, name) if states.get(source) != "committed"]
+        if state == "committed":
+            for source in gone:
                 readers[source].append(name)
+        elif gone:
+            what = f"was begun and is not gone on with: it reads {gone[0]}, which is not there"
+            yield Note(path=f"steps/{name}", what=what, stale=True, step=name)
     for source, names in readers.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         what = f"is not committed, although {names[0]}{others} was made from it: its files are gone"
