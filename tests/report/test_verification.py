@@ -13,6 +13,7 @@ from report_runs import MakeRun
 
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.errors import ReasonrunError
+from reasonrun.ledger.catalogue import finished_content
 from reasonrun.ledger.damage import Damage
 from reasonrun.ledger.faults import FAULT_POINTS, InjectedFault
 from reasonrun.ledger.files import Files
@@ -81,6 +82,14 @@ def swap(path: Path) -> None:
 def drop_line(path: Path, number: int) -> None:
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (path / "metrics.jsonl").write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+
+
+def change_text(path: Path, *pairs: str) -> None:
+    text = path.read_text()
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
 
 
 ON_DISK: dict[str, tuple[Harm, bool, str]] = {
@@ -155,6 +164,28 @@ ON_DISK: dict[str, tuple[Harm, bool, str]] = {
         lambda run: (run / "run.json").write_text((run / "run.json").read_text().replace('"seed": 0', '"seed": 1')),
         True,
         "run.json does not match its own digest",
+    ),
+    "format of one seal": (
+        lambda run: change_text(run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 3'),
+        True,
+        "steps/round-001/grade/_OK.json does not match its own digest",
+    ),
+    "format of the root seal": (
+        lambda run: change_text(run / "_OK.json", '"format": 1', '"format": 3'),
+        True,
+        "_OK.json does not match its own digest",
+    ),
+    "format that never was": (
+        lambda run: change_text(run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 0'),
+        True,
+        "steps/round-001/grade/_OK.json does not match its own digest",
+    ),
+    "seal of a later version": (
+        lambda run: change_text(
+            run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 3', '"digest": "', '"digest": "0'
+        ),
+        True,
+        "steps/round-001/grade/_OK.json cannot be read: ",
     ),
     "run.json torn": (
         lambda run: (run / "run.json").write_text('{"format": 1, "ident'),
@@ -395,8 +426,9 @@ def test_a_step_of_an_unfinished_run_that_lost_its_seal_or_its_folder_is_named(u
     (damage,) = damages(unfinished, deep=False)
     assert damage.path == "steps/round-001/evaluate" and "metrics.jsonl has its line" in damage.what
     shutil.rmtree(unfinished / "steps/problems/train")
-    paths = {damage.path for damage in damages(unfinished)}
-    assert paths == {"steps/round-001/evaluate", "steps/problems/train", "metrics.jsonl"}
+    said = sorted(found(unfinished, deep=True))
+    assert len(said) == 2 and "steps/round-001/evaluate is not committed" in said[1]
+    assert said[0] == "metrics.jsonl has a line of step problems/train, of which nothing is left"
 
 
 def test_a_run_that_somebody_works_on_is_said_so(unfinished: Path) -> None:
@@ -444,3 +476,10 @@ def test_a_result_without_the_form_of_its_verb_is_named(finished: Path) -> None:
     assert any(
         "have not the form of a curate step (KeyError('unheard of'))" in line for line in found(finished, deep=True)
     )
+
+
+def test_one_bit_in_a_seal_stops_neither_repair_nor_training(finished: Path) -> None:
+    change_text(finished / "steps/round-001/train/_OK.json", '"format": 1', '"format": 3')
+    (damage,) = damages(finished, deep=False)
+    assert damage.remedy == "redo"
+    assert finished_content(finished, Files()) is None

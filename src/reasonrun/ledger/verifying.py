@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from reasonrun.errors import ReasonrunError, RunFailed
+from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
 from reasonrun.ledger.attempts import ATTEMPT_NAME
 from reasonrun.ledger.catalogue import RUN_NAME, StepState, identity_digest, step_inputs, step_states
 from reasonrun.ledger.damage import Damage, Finding, Note, Promise
 from reasonrun.ledger.files import Files, decode_json
-from reasonrun.ledger.open_step_checks import check_open_step
+from reasonrun.ledger.open_step_checks import check_open_step, of_later_version
 from reasonrun.ledger.seals import FORMAT, OK_NAME, Seal, damaged_files, read_seal
 from reasonrun.ledger.steps import STEP_NAME, Committed, is_scratch, own_entries
 from reasonrun.records import digest
@@ -29,9 +29,6 @@ def verify_ledger(path: Path, files: Files, *, deep: bool) -> Iterator[Finding]:
         path: a run directory.
         files: does the reading.
         deep: read every sealed file and compare SHA-256; otherwise sizes only.
-
-    Raises:
-        EnvironmentProblem: a later version of reasonrun wrote it.
     """
     yield from _check_identity(path)
     states = step_states(path)
@@ -58,7 +55,7 @@ def _check_identity(path: Path) -> Iterator[Damage]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield damaged(f"cannot be read ({error})")
         return
-    if not isinstance(written_by, int) or written_by > FORMAT:
+    if not isinstance(written_by, int) or not 1 <= written_by <= FORMAT:
         yield damaged(f"has format {written_by}; this version reads up to {FORMAT}", "G1")
     if "digest" in value and value["digest"] != identity_digest(identity):
         yield damaged("does not match its own digest: the recipe in it was changed", "G7")
@@ -92,6 +89,9 @@ def _check_committed(path: Path, name: str, files: Files, *, deep: bool) -> Iter
         seal = read_seal(folder)
     except RunFailed:
         yield damaged(OK_NAME, "does not match its own digest")
+        return
+    except EnvironmentProblem as error:
+        yield of_later_version(f"{inside}/{OK_NAME}", error, name)
         return
     if seal is None:
         return  # moved while this was read
@@ -133,7 +133,7 @@ def _check_inputs(path: Path, states: Mapping[str, StepState]) -> Iterator[Findi
             for source in gone:
                 readers[source].append(name)
         elif gone:
-            what = f"was begun and is not gone on with: it reads {gone[0]}, which is not there"
+            what = f"was begun and reads {gone[0]}, which is not committed"
             yield Note(path=f"steps/{name}", what=what, stale=True, step=name)
     for source, names in readers.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -148,9 +148,12 @@ def _check_root(path: Path, files: Files) -> Iterator[Damage]:
     except (RunFailed, KeyError, TypeError, ValueError):
         yield Damage(path=OK_NAME, what="does not match its own digest", promise="G1", remedy="aside")
         return
+    except EnvironmentProblem as error:
+        yield of_later_version(OK_NAME, error)
+        return
     for name, expected in named.items():
         folder = path / "steps" / name
-        with suppress(RunFailed):  # reported with the step
+        with suppress(RunFailed, EnvironmentProblem):  # reported with the step
             step = read_seal(folder)
             if step is None:
                 what = "is not committed, although the run finished with it"

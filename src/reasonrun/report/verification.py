@@ -51,9 +51,6 @@ def verify_run(path: Path, *, deep: bool) -> Verification:
 
     Where a live process works on it, what looks damaged is looked at again, so that a file caught between two operations
     is not called so.
-
-    Raises:
-        EnvironmentProblem: a later version of reasonrun wrote it.
     """
     owner = holder(path / LOCK_NAME)
     findings = find(path, deep=deep)
