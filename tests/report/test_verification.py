@@ -165,6 +165,16 @@ ON_DISK: dict[str, tuple[Harm, bool, str]] = {
         True,
         "run.json does not match its own digest",
     ),
+    "recipe edited and its digest renamed": (
+        lambda run: change_text(run / "run.json", '"digest"', '"digesu"', '"seed": 0', '"seed": 1'),
+        True,
+        "run.json holds digesu, which no build writes",
+    ),
+    "no recipe": (
+        lambda run: (run / "run.json").write_text('{"format": 1, "identity": null}'),
+        True,
+        "run.json holds no recipe",
+    ),
     "format of one seal": (
         lambda run: change_text(run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 3'),
         True,

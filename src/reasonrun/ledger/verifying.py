@@ -57,7 +57,10 @@ def _check_identity(path: Path) -> Iterator[Damage]:
         return
     if not isinstance(written_by, int) or not 1 <= written_by <= FORMAT:
         yield damaged(f"has format {written_by}; this version reads up to {FORMAT}", "G1")
-    if "digest" in value and value["digest"] != identity_digest(identity):
+    unknown = sorted(value.keys() - {"format", "digest", "identity"})
+    if unknown or not isinstance(identity, dict):
+        yield damaged(f"holds {', '.join(unknown)}, which no build writes" if unknown else "holds no recipe", "G7")
+    elif "digest" in value and value["digest"] != identity_digest(identity):  # the first builds wrote none
         yield damaged("does not match its own digest: the recipe in it was changed", "G7")
 
 
