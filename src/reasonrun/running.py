@@ -75,7 +75,7 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
     ) as run_dir:
         if options.redo:
             moved = run_dir.redo(options.redo)
-            progress.say(f"to quarantine: {', '.join(moved)}")
+            progress.say(f"to quarantine: {', '.join(moved) or 'nothing, its files are gone'}")
         if run_dir.finished is not None and not further:
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)

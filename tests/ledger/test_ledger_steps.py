@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,11 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         commit(run, "a")
         seal = tmp_path / "run/steps/a/_OK.json"
-        seal.write_text(json.dumps({**json.loads(seal.read_text()), "format": 99}))
+        value = {**json.loads(seal.read_text()), "format": 99}
+        seal.write_text(json.dumps(value))
+        with pytest.raises(RunFailed, match="is damaged"):  # its digest is that of the present format
+            run.step("a", {"verb": "x", "inputs": []})
+        seal.write_text(json.dumps({**value, "digest": "computed otherwise"}))
         with pytest.raises(EnvironmentProblem, match="format 99"):
             run.step("a", {"verb": "x", "inputs": []})
 
@@ -197,6 +202,23 @@ def test_redo_moves_a_step_and_what_depends_on_it(tmp_path: Path) -> None:
         run.redo("other")
         assert run.finished is None
     assert (path / "quarantine/2/_OK.json").exists() and not (path / "_OK.json").exists()
+
+
+def test_a_step_whose_files_are_gone_is_made_again_with_what_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with open_run(path) as run:
+        commit(run, "gone")
+        commit(run, "last")
+        commit(run, "reader", ("gone",))
+        run.finish({})
+    root = (path / "_OK.json").read_bytes()
+    for name, moved in (("gone", ["reader"]), ("last", [])):
+        shutil.rmtree(path / "steps" / name)
+        (path / "_OK.json").write_bytes(root)
+        with open_run(path, reopen=True) as run:
+            with pytest.raises(RecipeError, match="has no step 'other'"):
+                run.redo("other")
+            assert run.redo(name) == moved and not (path / "_OK.json").exists()
 
 
 def test_unreached_steps_are_listed_and_pruned_only_by_name(tmp_path: Path) -> None:
