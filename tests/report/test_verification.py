@@ -493,3 +493,29 @@ def test_one_bit_in_a_seal_stops_neither_repair_nor_training(finished: Path) -> 
     (damage,) = damages(finished, deep=False)
     assert damage.remedy == "redo"
     assert finished_content(finished, Files()) is None
+
+
+STRANGE: dict[str, tuple[str, bytes, str]] = {
+    "line of a list": ("metrics.jsonl", b'{"step":["a"]}\n', "metrics.jsonl line 1 is no line of a step"),
+    "line of a path": ("metrics.jsonl", b'{"step":"../x"}\n', "metrics.jsonl line 1 is no line of a step"),
+    "deep nesting": ("metrics.jsonl", b"[" * 200_000 + b"\n", "metrics.jsonl line 1 is no line of a step"),
+    "inputs that are none": (
+        f"steps/{SAMPLE}/step.json",
+        b'{"name":"round-001/sample","fingerprint":{"inputs":5}}',
+        f"steps/{SAMPLE}/step.json is no step record (its inputs are no names of steps)",
+    ),
+    "weights that are no names": (
+        f"steps/{SAMPLE}/step.json",
+        b'{"name":"round-001/sample","fingerprint":{"verb":"train","models":5,"rows":5}}',
+        f"steps/{SAMPLE}/step.json holds another fingerprint than the one that was sealed",
+    ),
+    "seal of nothing": (f"steps/{SAMPLE}/_OK.json", b"[" * 200_000, f"steps/{SAMPLE}/_OK.json does not match"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_content_is_named_and_no_traceback(finished: Path, kind: str) -> None:
+    file, content, wanted = STRANGE[kind]
+    (finished / file).write_bytes(content)
+    for deep in (False, True):
+        assert any(line.startswith(wanted) for line in found(finished, deep=deep))

@@ -48,11 +48,20 @@ def stored_fingerprint(run_path: Path, name: str) -> Any:
 
 
 def step_inputs(run_path: Path, name: str) -> list[str]:
-    """The steps whose results a step reads, as its fingerprint lists them."""
-    with suppress(RunFailed):
-        fingerprint = stored_fingerprint(run_path, name)
-        return list(fingerprint.get("inputs", [])) if isinstance(fingerprint, dict) else []
+    """The steps whose results a step reads, as its fingerprint lists them; none where its record is damaged."""
+    with suppress(RunFailed, ValueError):
+        return listed_inputs(stored_fingerprint(run_path, name))
     return []
+
+
+def listed_inputs(fingerprint: Any) -> list[str]:
+    """The inputs that a fingerprint lists. Raises ValueError when they are no names."""
+    inputs = fingerprint.get("inputs") if isinstance(fingerprint, dict) else None
+    if inputs is None:
+        return []
+    if not isinstance(inputs, list) or not all(isinstance(name, str) for name in inputs):
+        raise ValueError("its inputs are no names of steps")
+    return inputs
 
 
 def dependents_first(name: str, inputs: Mapping[str, list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from reasonrun.errors import EnvironmentProblem, ReasonrunError, RunFailed
 from reasonrun.ledger.attempts import ATTEMPT_NAME
-from reasonrun.ledger.catalogue import RUN_NAME, StepState, identity_digest, step_inputs, step_states
+from reasonrun.ledger.catalogue import RUN_NAME, StepState, identity_digest, listed_inputs, step_inputs, step_states
 from reasonrun.ledger.damage import Damage, Finding, Note, Promise
 from reasonrun.ledger.files import Files, decode_json
 from reasonrun.ledger.open_step_checks import check_open_step, of_later_version
@@ -70,7 +70,8 @@ def _check_record(path: Path, name: str) -> Iterator[Damage]:
     where = record_path.relative_to(path).as_posix()
     try:
         value = decode_json(record_path.read_bytes())
-        stored, _ = value["name"], value["fingerprint"]
+        stored = value["name"]
+        listed_inputs(value["fingerprint"])
     except FileNotFoundError:
         return  # a sealed file: reported with the seal
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from reasonrun.ledger.catalogue import step_states, stored_fingerprint
 from reasonrun.ledger.damage import Damage, Finding, Note
 from reasonrun.ledger.files import Files, decode_json
 from reasonrun.ledger.seals import Seal, read_seal
-from reasonrun.ledger.steps import Committed
+from reasonrun.ledger.steps import Committed, check_step_name
 from reasonrun.model_folder import INDEX_NAME
 from reasonrun.records import digest
 from reasonrun.report.joins import METRICS, Join
@@ -64,9 +64,10 @@ def committed_steps(path: Path) -> dict[str, StepFacts]:
             continue
         try:
             seal, fingerprint = read_seal(folder), stored_fingerprint(path, name)
-        except ReasonrunError:
+            is_sealed = seal is not None and seal.content["fingerprint"] == digest(fingerprint)
+        except (ReasonrunError, KeyError, TypeError):
             continue
-        if seal is not None and isinstance(fingerprint, dict):
+        if seal is not None and is_sealed and isinstance(fingerprint, dict):
             found[name] = StepFacts(name=name, folder=folder, seal=seal, fingerprint=fingerprint)
     return found
 
@@ -91,7 +92,8 @@ def check_metrics(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Findin
         try:
             row = decode_json(line)
             name = row["step"]
-        except (ValueError, KeyError, TypeError):
+            check_step_name(name)
+        except (ValueError, KeyError, TypeError, AttributeError):
             yield damaged(f"line {number} is no line of a step")
             continue
         if name in lines:
