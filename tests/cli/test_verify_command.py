@@ -222,6 +222,18 @@ def test_a_changed_recipe_is_not_guessed(clean: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "left as it is: run.json" in done.stdout
 
 
+def test_a_run_that_lost_its_recipe_is_a_run_and_stays_as_it_is(clean: Path, tmp_path: Path, call: Call) -> None:
+    path = Path(shutil.copytree(clean, tmp_path / "run"))
+    (path / "run.json").unlink()
+    before = everything(path)
+    code, out = call("verify", str(path), "--deep")
+    assert code == 1 and "damaged: run.json is missing" in out and "1 damaged" in out
+    assert "restore it from a backup" in call("repair", str(path))[1] and call("repair", str(path), "--yes")[0] == 1
+    assert everything(path) == before
+    (tmp_path / "empty/steps").mkdir(parents=True)  # a stop before the recipe was written
+    assert call("verify", str(tmp_path / "empty"))[0] == 2
+
+
 def test_a_run_that_somebody_works_on_is_not_repaired(clean: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(clean, tmp_path / "run"))
     flip(path / "steps/round-001/sample/rows-00000.parquet")

@@ -21,7 +21,7 @@ def repair_command(run: Path, *, do_it: bool, as_json: bool) -> int:
     Raises:
         RunConflict: another process works on the run.
     """
-    check_is_run(run)
+    check_is_run(run, or_its_remains=True)
     findings = find(run, deep=True)
     repair, num_lost = plan_repair(run, findings), 0
     is_readable = not any(damage.path == "run.json" for damage in repair.left)

@@ -52,6 +52,9 @@ def _check_identity(path: Path) -> Iterator[Damage]:
     try:
         value = decode_json((path / RUN_NAME).read_bytes())
         identity, written_by = value["identity"], value["format"]
+    except FileNotFoundError:
+        yield damaged("is missing: which recipe the steps were made from is not known")
+        return
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield damaged(f"cannot be read ({error})")
         return
