@@ -356,9 +356,12 @@ def test_a_projection_is_replaced_only_when_it_changes(tmp_path: Path) -> None:
 def test_a_stopped_run_flushes_its_logs_and_a_damaged_log_can_be_repaired(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(Stopped), open_run(path) as run:
-        begin(run, "a").wal().append([(i, {"n": i}) for i in range(3)])
+        step = begin(run, "a")
+        step.wal().append([(i, {"n": i}) for i in range(3)])
+        step.wal("other").append([(0, {"n": 0})])
         raise Stopped("stopped")
     log = path / "steps/a/wal.jsonl"
+    inode = (path / "steps/a/wal-other.jsonl").stat().st_ino
     log.write_bytes(log.read_bytes().replace(b'"n":1', b'"n":7'))
     with open_run(path) as run:
         with pytest.raises(RunFailed, match="damaged at byte") as caught:
@@ -367,6 +370,7 @@ def test_a_stopped_run_flushes_its_logs_and_a_damaged_log_can_be_repaired(tmp_pa
     with open_run(path) as run:
         assert keep_good_rows(run, "a") == 1
         assert begin(run, "a").wal().missing(3).tolist() == [1]
+    assert (path / "steps/a/wal-other.jsonl").stat().st_ino == inode  # a healthy one is not written again
 
 
 def test_a_failed_flush_ends_the_attempt(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from reasonrun.ledger.catalogue import closure, step_states
 from reasonrun.ledger.damage import Damage, Finding, Note
 from reasonrun.ledger.quarantine import Quarantine
 from reasonrun.ledger.run_dir import RunDir
-from reasonrun.ledger.steps import is_scratch, own_entries
+from reasonrun.ledger.steps import wal_name
 
 _CACHE = re.compile(r"[0-9a-f]{32}\.(arrow|json)(\.\d+\.tmp)?|.*\.tmp")
 
@@ -107,7 +107,7 @@ def apply_repair(run: RunDir, repair: Repair) -> int:
 
 
 def keep_good_rows(run: RunDir, step: str) -> int:
-    """Keep the rows of an unfinished step's logs that verify; the whole logs are set aside before.
+    """Keep the rows of an unfinished step's log that verify; the whole log is set aside before.
 
     Args:
         run: held by this process.
@@ -123,5 +123,5 @@ def keep_good_rows(run: RunDir, step: str) -> int:
 
     _ = run.attempt_dir
     folder = Quarantine(run.path, run.files).new_folder() / "steps" / step
-    logs = [path for path in own_entries(run.path / "steps" / step) if is_scratch(path) and path.suffix == ".jsonl"]
-    return sum(wal.repair(path, run.files, lambda aside: folder / aside) for path in logs)
+    log = run.path / "steps" / step / wal_name("rows")  # for another one its step is begun again
+    return wal.repair(log, run.files, lambda aside: folder / aside)
