@@ -214,6 +214,15 @@ def test_pruning_takes_steps_that_were_only_begun(clean, tmp_path):
     assert not begun.exists() or not list(begun.iterdir())
 
 
+def test_a_mistake_that_is_corrected_at_once_leaves_one_folder_of_what_was_read(clean, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(clean[0] / "steps/problems", path / "steps/problems")
+    shutil.copy(clean[0] / "run.json", path)
+    execute(path, "seed=7", "method.rounds=1")
+    moved = {folder.parent.name for folder in path.glob("quarantine/*/steps")}
+    assert len(moved) == 1
+
+
 def test_where_dev_tells_nothing_the_last_policy_is_the_best():
     """Of items without gold decisions an evaluation says what share could be read: no reason to choose a policy."""
 

@@ -255,8 +255,7 @@ def _changes(run_dir: RunDir, recipe: ResolvedRecipe, options: RunOptions, progr
         progress.say(f"nothing was made yet in {run_dir.path}, so it takes the changed recipe:")
         for line in stopping:
             progress.say(f"  {line}")
-        for step in run_dir.steps():
-            run_dir.redo(step)
+        run_dir.set_aside(run_dir.steps())
         stopping, moved = [], True
     if moved and not stopping:
         run_dir.amend({"recipe": recipe.resolved})
