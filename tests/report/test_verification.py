@@ -18,6 +18,7 @@ from reasonrun.ledger.damage import Damage
 from reasonrun.ledger.faults import FAULT_POINTS, InjectedFault
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.lock import LOCK_NAME, RunLock
+from reasonrun.ledger.repairing import plan_repair
 from reasonrun.recipe import load
 from reasonrun.report.verification import Verification, verify_run
 from reasonrun.running import RunOptions, run
@@ -519,3 +520,19 @@ def test_strange_content_is_named_and_no_traceback(finished: Path, kind: str) ->
     (finished / file).write_bytes(content)
     for deep in (False, True):
         assert any(line.startswith(wanted) for line in found(finished, deep=deep))
+
+
+def test_hidden_files_and_unknown_folders_are_notes(finished: Path) -> None:
+    step = finished / "steps/round-001/train"
+    (step / "model/.DS_Store").write_bytes(b"x")
+    (step / ".nfs0001").write_bytes(b"x")
+    (step / "extra").mkdir()
+    (step / "extra/a.bin").write_bytes(b"x")
+    verification = verify_run(finished, deep=True)
+    assert not verification.damages
+    assert {Path(note.path).name: note.stale for note in verification.notes} == {
+        ".DS_Store": False,
+        ".nfs0001": False,
+        "extra": True,
+    }
+    assert plan_repair(finished, verification.findings).files == ("steps/round-001/train/extra",)

@@ -126,9 +126,26 @@ def _unsealed(path: Path, folder: Path, seal: Seal) -> Iterator[Finding]:
         found = [entry] if entry.is_file() else [inner for inner in sorted(entry.rglob("*")) if inner.is_file()]
         for file in found:
             if file.name != OK_NAME and file.relative_to(folder).as_posix() not in seal.files:
-                where = file.relative_to(path).as_posix()
-                what = "stands in a committed step that was sealed without it"
-                yield Damage(path=where, what=what, promise="G5", remedy="aside")
+                yield _foreign(file, file.relative_to(path).as_posix())
+    yield from _foreign_folders(path, folder)
+
+
+def _foreign(file: Path, where: str) -> Finding:
+    if file.name.startswith("."):  # of a file manager, or of a network file system
+        return Note(path=where, what="is a hidden file in a committed step; it is not read")
+    what = "stands in a committed step that was sealed without it"
+    return Damage(path=where, what=what, promise="G5", remedy="aside")
+
+
+def _foreign_folders(path: Path, folder: Path) -> Iterator[Note]:
+    """Folders that are neither a step's own nor lead to a nested step, and hold something."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not entry.is_dir() or entry in own_entries(folder):
+            continue
+        inside = [file for file in entry.rglob("*") if file.is_file()]
+        if inside and not any(file.name.removesuffix(".tmp") in (STEP_NAME, OK_NAME) for file in inside):
+            where = entry.relative_to(path).as_posix()
+            yield Note(path=where, what="is a folder that no step has; it is not read", stale=True)
 
 
 def _check_inputs(path: Path, states: Mapping[str, StepState]) -> Iterator[Finding]:
