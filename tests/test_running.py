@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,26 @@ def test_fewer_rounds_need_prune(clean, tmp_path):
         execute(tmp_path / "run")
     execute(tmp_path / "run", prune=True)
     assert content(tmp_path / "run") == content(clean[0])
+
+
+def test_pruning_takes_steps_that_were_only_begun(clean, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(clean[0], path)
+    begun = path / "steps/round-003/sample"
+    begun.mkdir(parents=True)
+    shutil.copy(path / "steps/round-002/sample/step.json", begun)
+    (path / "_OK.json").unlink()
+    execute(path, prune=True)
+    assert not begun.exists() or not list(begun.iterdir())
+
+
+def test_a_mistake_that_is_corrected_at_once_leaves_one_folder_of_what_was_read(clean, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(clean[0] / "steps/problems", path / "steps/problems")
+    shutil.copy(clean[0] / "run.json", path)
+    execute(path, "seed=7", "method.rounds=1")
+    moved = {folder.parent.name for folder in path.glob("quarantine/*/steps")}
+    assert len(moved) == 1
 
 
 def test_where_dev_tells_nothing_the_last_policy_is_the_best():

@@ -81,7 +81,7 @@ def run(recipe: ResolvedRecipe, options: RunOptions, progress: Progress) -> Outc
         moved: list[str] = []
         if options.redo and (options.redo in run_dir.steps() or not diff(run_dir.identity["recipe"], recipe)):
             moved = run_dir.redo(options.redo)
-            progress.say(f"to quarantine: {', '.join(moved)}")
+            progress.say(f"to quarantine: {', '.join(moved) or 'nothing, its files are gone'}")
         if run_dir.finished is not None and not further:
             _refuse_other_recipe(run_dir, recipe)
             return Outcome(directory=options.directory, result=run_dir.finished, already_finished=True)
@@ -178,13 +178,14 @@ def _run(context: Context, recipe: ResolvedRecipe, options: RunOptions) -> Outco
         raise
     run_dir = context.run_dir
     run_dir.write_projection("metrics.jsonl", context.rows)  # before anything is pruned: it names what is there
-    unreached = run_dir.unreached()
+    unreached, states = run_dir.unreached(), run_dir.steps()
+    committed = sorted(name for name in unreached if states[name] == "committed")
     if unreached and options.prune:
-        run_dir.prune(unreached)
-    elif unreached:
+        run_dir.prune(unreached)  # those that were only begun, too: their inputs leave
+    elif committed:
         context.progress.say(
-            f"{len(unreached)} committed steps are not part of this recipe any more and are left out of every report:"
-            f" {', '.join(sorted(unreached)[:5])}. --prune removes them"
+            f"{len(committed)} committed steps are not part of this recipe any more and are left out of every report:"
+            f" {', '.join(committed[:5])}. --prune removes them"
         )
     run_dir.finish(result)
     return Outcome(directory=run_dir.path, result=result, rows=context.rows)

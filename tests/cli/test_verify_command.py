@@ -133,6 +133,7 @@ HARMS: dict[str, Callable[[Path], Any]] = {
     "metrics line gone": lambda run: (run / "metrics.jsonl").write_bytes(
         b"".join((run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[1:])
     ),
+    "metrics gone": lambda run: (run / "metrics.jsonl").unlink(),
     "root seal": lambda run: truncate(run / "_OK.json"),
     "several": several,
 }
@@ -147,6 +148,7 @@ def test_a_repaired_run_verifies_and_ends_with_the_bytes_of_an_undamaged_one(
     harmed = everything(path)
     code, out = call("repair", str(path))
     assert code == 0 and "nothing was touched; --yes does this" in out
+    assert out.count("removed: ") <= 1
     planned = json.loads(call("repair", str(path), "--json")[1])
     assert not planned["done"] and planned["damages"] and everything(path) == harmed
     done = json.loads(call("repair", str(path), "--yes", "--json")[1])
@@ -194,6 +196,21 @@ def test_a_damaged_log_keeps_the_rows_that_verify(
     }
 
 
+def test_two_stops_before_the_first_line_of_the_record_are_no_damage(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    monkeypatch.setenv("REASONRUN_FAULT", "projection.before_rename:EIO")
+    for _ in range(2):
+        train(path)
+    monkeypatch.delenv("REASONRUN_FAULT")
+    assert len(list(path.glob("steps/**/_OK.json"))) == 2 and not (path / "metrics.jsonl").exists()
+    code, out = call("verify", str(path))
+    assert code == 0 and "note: metrics.jsonl is missing, although 2 steps are committed" in out
+    code, out = call("repair", str(path), "--yes")
+    assert code == 0 and "metrics.jsonl\n" not in out and call("verify", str(path))[0] == 0
+
+
 @pytest.mark.promise("G7", "changed recipes")
 def test_a_changed_recipe_is_not_guessed(clean: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(clean, tmp_path / "run"))
@@ -204,6 +221,18 @@ def test_a_changed_recipe_is_not_guessed(clean: Path, tmp_path: Path) -> None:
     assert everything(path) == before
     done = reasonrun_cli(tmp_path, "repair", "run")
     assert done.returncode == 1 and "left as it is: run.json" in done.stdout
+
+
+def test_a_run_that_lost_its_recipe_is_a_run_and_stays_as_it_is(clean: Path, tmp_path: Path, call: Call) -> None:
+    path = Path(shutil.copytree(clean, tmp_path / "run"))
+    (path / "run.json").unlink()
+    before = everything(path)
+    code, out = call("verify", str(path), "--deep")
+    assert code == 1 and "damaged: run.json is missing" in out and "1 damaged" in out
+    assert "restore it from a backup" in call("repair", str(path))[1] and call("repair", str(path), "--yes")[0] == 1
+    assert everything(path) == before
+    (tmp_path / "empty/steps").mkdir(parents=True)  # a stop before the recipe was written
+    assert call("verify", str(tmp_path / "empty"))[0] == 2
 
 
 def test_a_run_that_somebody_works_on_is_not_repaired(clean: Path, tmp_path: Path) -> None:

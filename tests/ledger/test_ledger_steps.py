@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,11 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         commit(run, "a")
         seal = tmp_path / "run/steps/a/_OK.json"
-        seal.write_text(json.dumps({**json.loads(seal.read_text()), "format": 99}))
+        value = {**json.loads(seal.read_text()), "format": 99}
+        seal.write_text(json.dumps(value))
+        with pytest.raises(RunFailed, match="is damaged"):  # its digest is that of the present format
+            run.step("a", {"verb": "x", "inputs": []})
+        seal.write_text(json.dumps({**value, "digest": "computed otherwise"}))
         with pytest.raises(EnvironmentProblem, match="format 99"):
             run.step("a", {"verb": "x", "inputs": []})
 
@@ -199,6 +204,23 @@ def test_redo_moves_a_step_and_what_depends_on_it(tmp_path: Path) -> None:
     assert (path / "quarantine/2/_OK.json").exists() and not (path / "_OK.json").exists()
 
 
+def test_a_step_whose_files_are_gone_is_made_again_with_what_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with open_run(path) as run:
+        commit(run, "gone")
+        commit(run, "last")
+        commit(run, "reader", ("gone",))
+        run.finish({})
+    root = (path / "_OK.json").read_bytes()
+    for name, moved in (("gone", ["reader"]), ("last", [])):
+        shutil.rmtree(path / "steps" / name)
+        (path / "_OK.json").write_bytes(root)
+        with open_run(path, reopen=True) as run:
+            with pytest.raises(RecipeError, match="has no step 'other'"):
+                run.redo("other")
+            assert run.redo(name) == moved and not (path / "_OK.json").exists()
+
+
 def test_unreached_steps_are_listed_and_pruned_only_by_name(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         for name in ("a", "b", "b/c"):
@@ -206,10 +228,12 @@ def test_unreached_steps_are_listed_and_pruned_only_by_name(tmp_path: Path) -> N
     with open_run(tmp_path / "run") as run:
         run.step("a", {"verb": "x", "inputs": []})
         begin(run, "new")
-        assert run.reached == {"a", "new"} and run.unreached() == ["b", "b/c"]
+        begin(run, "begun")
+        run.reached.discard("begun")
+        assert run.reached == {"a", "new"} and run.unreached() == ["b", "b/c", "begun"]
         with pytest.raises(RunConflict, match="Step a is in use"):
             run.prune(["a"])
-        run.prune(["b"])
+        run.prune(["b", "begun"])
         assert run.steps() == {"a": "committed", "b/c": "committed", "new": "begun"}
 
 
@@ -332,9 +356,12 @@ def test_a_projection_is_replaced_only_when_it_changes(tmp_path: Path) -> None:
 def test_a_stopped_run_flushes_its_logs_and_a_damaged_log_can_be_repaired(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(Stopped), open_run(path) as run:
-        begin(run, "a").wal().append([(i, {"n": i}) for i in range(3)])
+        step = begin(run, "a")
+        step.wal().append([(i, {"n": i}) for i in range(3)])
+        step.wal("other").append([(0, {"n": 0})])
         raise Stopped("stopped")
     log = path / "steps/a/wal.jsonl"
+    inode = (path / "steps/a/wal-other.jsonl").stat().st_ino
     log.write_bytes(log.read_bytes().replace(b'"n":1', b'"n":7'))
     with open_run(path) as run:
         with pytest.raises(RunFailed, match="damaged at byte") as caught:
@@ -343,6 +370,7 @@ def test_a_stopped_run_flushes_its_logs_and_a_damaged_log_can_be_repaired(tmp_pa
     with open_run(path) as run:
         assert keep_good_rows(run, "a") == 1
         assert begin(run, "a").wal().missing(3).tolist() == [1]
+    assert (path / "steps/a/wal-other.jsonl").stat().st_ino == inode  # a healthy one is not written again
 
 
 def test_a_failed_flush_ends_the_attempt(tmp_path: Path) -> None:

@@ -85,3 +85,16 @@ def test_a_trainers_damaged_log_takes_the_step_with_it(tmp_path: Path, deep: boo
     (damage,) = damages(path, deep=deep)
     assert damage.remedy == "redo" and damage.step == "train" and "1 line (at byte " in damage.what
     assert plan_repair(path, [damage]).steps == ("train",)
+
+
+def test_a_step_that_was_only_begun_does_not_miss_what_it_would_have_read(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunDir.open(path, identity={}, command="c", files=FILES) as run:
+        step: Any = run.step("a/b", {"verb": "x", "inputs": []})
+        step.commit({})
+        run.step("a", {"verb": "x", "inputs": ["gone"]})
+    findings = list(verify_ledger(path, FILES, deep=True))
+    assert [(type(finding), finding.path) for finding in findings] == [(Note, "steps/a")]
+    with RunDir.open(path, identity={}, command="repair", files=FILES) as run:
+        apply_repair(run, plan_repair(path, findings))
+        assert run.steps() == {"a/b": "committed"} and list(verify_ledger(path, FILES, deep=True)) == []

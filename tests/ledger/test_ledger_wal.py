@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from reasonrun.errors import EnvironmentProblem, RunFailed
-from reasonrun.ledger.faults import Faults
+from reasonrun.ledger.faults import Faults, InjectedFault
 from reasonrun.ledger.files import AppendFile, Files
 from reasonrun.ledger.wal import Wal, repair
+from reasonrun.ledger.wal_lines import encode_line
 
 Open = Callable[..., Wal]
 
@@ -131,6 +132,20 @@ def test_a_torn_tail_is_set_aside_and_cut_off(open_wal: Open, tmp_path: Path, nu
     wal.close()
 
 
+def test_whatever_ends_a_flush_that_nobody_waits_for_is_raised_at_the_next_row(
+    open_wal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reasonrun.ledger.wal.FLUSH_SECONDS", 0.05)
+    wal = open_wal(Files(Faults("wal.before_fsync", "exception")))
+    wal.append([(0, {"n": 0})])
+    deadline = time.monotonic() + 5
+    while wal._failed_flush is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(InjectedFault):
+        wal.append([(1, {"n": 1})])
+    wal.abandon()
+
+
 @pytest.mark.parametrize("position", [0, 3, 8, 12, -1])
 def test_damage_in_the_middle_names_file_offset_and_way_out(open_wal: Open, tmp_path: Path, position: int) -> None:
     fill(open_wal, 4)
@@ -152,6 +167,18 @@ def test_damage_in_the_middle_names_file_offset_and_way_out(open_wal: Open, tmp_
     kept = [0, 2, 3] if position != -1 else [0, 3]
     assert num_lost == 1 and wal.ordinals().tolist() == kept
     assert wal.read(3) == {"text": "row 3"}
+    wal.close()
+
+
+def test_a_row_that_stands_there_twice_with_two_results_is_given_up(open_wal: Open, tmp_path: Path) -> None:
+    fill(open_wal, 2)
+    path = tmp_path / "wal.jsonl"
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    with path.open("ab") as log:
+        log.write(first + encode_line(1, {"text": "other"}) + encode_line(2, {"text": "new"}) + first[:-4])
+    assert repair(path, Files(Faults()), lambda name: tmp_path / "aside" / name) == 3
+    wal = open_wal()
+    assert wal.ordinals().tolist() == [0, 2] and wal.read(2) == {"text": "new"}
     wal.close()
 
 

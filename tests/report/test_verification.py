@@ -13,10 +13,12 @@ from report_runs import MakeRun
 
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.errors import ReasonrunError
+from reasonrun.ledger.catalogue import finished_content
 from reasonrun.ledger.damage import Damage
 from reasonrun.ledger.faults import FAULT_POINTS, InjectedFault
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.lock import LOCK_NAME, RunLock
+from reasonrun.ledger.repairing import plan_repair
 from reasonrun.recipe import load
 from reasonrun.report.verification import Verification, verify_run
 from reasonrun.running import RunOptions, run
@@ -81,6 +83,14 @@ def swap(path: Path) -> None:
 def drop_line(path: Path, number: int) -> None:
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (path / "metrics.jsonl").write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+
+
+def change_text(path: Path, *pairs: str) -> None:
+    text = path.read_text()
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
 
 
 ON_DISK: dict[str, tuple[Harm, bool, str]] = {
@@ -156,6 +166,38 @@ ON_DISK: dict[str, tuple[Harm, bool, str]] = {
         True,
         "run.json does not match its own digest",
     ),
+    "recipe edited and its digest renamed": (
+        lambda run: change_text(run / "run.json", '"digest"', '"digesu"', '"seed": 0', '"seed": 1'),
+        True,
+        "run.json holds digesu, which no build writes",
+    ),
+    "no recipe": (
+        lambda run: (run / "run.json").write_text('{"format": 1, "identity": null}'),
+        True,
+        "run.json holds no recipe",
+    ),
+    "format of one seal": (
+        lambda run: change_text(run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 3'),
+        True,
+        "steps/round-001/grade/_OK.json does not match its own digest",
+    ),
+    "format of the root seal": (
+        lambda run: change_text(run / "_OK.json", '"format": 1', '"format": 3'),
+        True,
+        "_OK.json does not match its own digest",
+    ),
+    "format that never was": (
+        lambda run: change_text(run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 0'),
+        True,
+        "steps/round-001/grade/_OK.json does not match its own digest",
+    ),
+    "seal of a later version": (
+        lambda run: change_text(
+            run / "steps/round-001/grade/_OK.json", '"format": 1', '"format": 3', '"digest": "', '"digest": "0'
+        ),
+        True,
+        "steps/round-001/grade/_OK.json cannot be read: ",
+    ),
     "run.json torn": (
         lambda run: (run / "run.json").write_text('{"format": 1, "ident'),
         True,
@@ -220,7 +262,7 @@ FORGED: dict[str, tuple[Harm, str]] = {
     "row lost": (edit(SAMPLE, "rows", lambda rows: rows[:-1]), f"steps/{SAMPLE} its result says num_rollouts"),
     "rows out of order": (
         edit(SAMPLE, "rows", lambda rows: rows[4:8] + rows[:4] + rows[8:]),
-        f"steps/{SAMPLE} holds other rollouts than those that round-001/grade graded",
+        f"steps/round-001/grade was made from other rollouts than those that {SAMPLE} holds",
     ),
     "rows of one request mixed": (
         edit(SAMPLE, "rows", lambda rows: [rows[1], rows[0], *rows[2:]]),
@@ -236,15 +278,15 @@ FORGED: dict[str, tuple[Harm, str]] = {
     ),
     "verdict changed": (
         edit("round-001/grade", "rows", lambda rows: [{**rows[0], "value": 1.0 - rows[0]["value"]}, *rows[1:]]),  # type: ignore[operator]
-        "steps/round-001/grade holds other verdicts than those that round-001/star_rows was made from",
+        "steps/round-001/grade its result says num_correct",
     ),
-    "verdict changed in an evaluation": (
-        edit(
-            "round-001/evaluate/grade-sampled",
-            "rows",
-            lambda rows: [{**rows[0], "value": 1.0 - rows[0]["value"]}, *rows[1:]],  # type: ignore[operator]
-        ),
-        "steps/round-001/evaluate its part sampled was measured on other verdicts",
+    "answer changed": (
+        edit("round-001/grade", "rows", lambda rows: [{**rows[0], "answer": "other"}, *rows[1:]]),
+        "steps/round-001/star_rows was made from other verdicts than those that round-001/grade holds",
+    ),
+    "answer changed in an evaluation": (
+        edit("round-001/evaluate/grade-sampled", "rows", lambda rows: [{**rows[0], "answer": "other"}, *rows[1:]]),
+        "steps/round-001/evaluate was made from other verdicts than those that round-001/evaluate/grade-sampled holds",
     ),
     "accuracy changed": (
         lambda run: reseal(
@@ -270,7 +312,7 @@ FORGED: dict[str, tuple[Harm, str]] = {
     ),
     "other examples": (
         edit("round-001/star_rows", "rows", lambda rows: [{**rows[0], "weight": 2.0}, *rows[1:]]),
-        "steps/round-001/star_rows seals other bytes than those that round-001/train was made from",
+        "steps/round-001/train was made from other bytes than those that round-001/star_rows holds",
     ),
     "other columns": (
         lambda run: _other_columns(run / "steps/round-001/grade"),
@@ -289,7 +331,7 @@ FORGED: dict[str, tuple[Harm, str]] = {
     ),
     "problem unknown": (
         edit(SAMPLE, "rows", lambda rows: [{**row, "problem_id": "x"} if n < 4 else row for n, row in enumerate(rows)]),
-        f"steps/{SAMPLE} holds rollouts of 1 problems that the run does not have, such as x",
+        f"steps/{SAMPLE} was made from other problems than those that problems/train holds",
     ),
     "weights exchanged": (
         lambda run: (
@@ -300,7 +342,7 @@ FORGED: dict[str, tuple[Harm, str]] = {
     ),
     "weights and their digest exchanged": (
         lambda run: reseal(run / "steps/round-001/train", lambda content: content["result"].update(weights="0" * 32)),
-        "steps/round-001/train made the weights 00000000000000000000000000000000, and final",
+        "steps/round-001/train/model holds the weights ",
     ),
     "pickled weights": (
         lambda run: _pickled(run / "steps/round-001/train"),
@@ -354,6 +396,7 @@ def _other_cache(run: Path) -> None:
 def test_rows_that_are_not_what_their_steps_say_are_named(finished: Path, kind: str) -> None:
     harm, wanted = FORGED[kind]
     harm(finished)
+    (finished / "_OK.json").unlink()  # it names every step that was sealed again, and no more is said then
     said = found(finished, deep=True)
     assert any(wanted in line for line in said), said
 
@@ -394,8 +437,9 @@ def test_a_step_of_an_unfinished_run_that_lost_its_seal_or_its_folder_is_named(u
     (damage,) = damages(unfinished, deep=False)
     assert damage.path == "steps/round-001/evaluate" and "metrics.jsonl has its line" in damage.what
     shutil.rmtree(unfinished / "steps/problems/train")
-    paths = {damage.path for damage in damages(unfinished)}
-    assert paths == {"steps/round-001/evaluate", "steps/problems/train", "metrics.jsonl"}
+    said = sorted(found(unfinished, deep=True))
+    assert len(said) == 2 and "steps/round-001/evaluate is not committed" in said[1]
+    assert said[0] == "metrics.jsonl has a line of step problems/train, of which nothing is left"
 
 
 def test_a_run_that_somebody_works_on_is_said_so(unfinished: Path) -> None:
@@ -443,3 +487,52 @@ def test_a_result_without_the_form_of_its_verb_is_named(finished: Path) -> None:
     assert any(
         "have not the form of a curate step (KeyError('unheard of'))" in line for line in found(finished, deep=True)
     )
+
+
+def test_one_bit_in_a_seal_stops_neither_repair_nor_training(finished: Path) -> None:
+    change_text(finished / "steps/round-001/train/_OK.json", '"format": 1', '"format": 3')
+    (damage,) = damages(finished, deep=False)
+    assert damage.remedy == "redo"
+    assert finished_content(finished, Files()) is None
+
+
+STRANGE: dict[str, tuple[str, bytes, str]] = {
+    "line of a list": ("metrics.jsonl", b'{"step":["a"]}\n', "metrics.jsonl line 1 is no line of a step"),
+    "line of a path": ("metrics.jsonl", b'{"step":"../x"}\n', "metrics.jsonl line 1 is no line of a step"),
+    "deep nesting": ("metrics.jsonl", b"[" * 200_000 + b"\n", "metrics.jsonl line 1 is no line of a step"),
+    "inputs that are none": (
+        f"steps/{SAMPLE}/step.json",
+        b'{"name":"round-001/sample","fingerprint":{"inputs":5}}',
+        f"steps/{SAMPLE}/step.json is no step record (its inputs are no names of steps)",
+    ),
+    "weights that are no names": (
+        f"steps/{SAMPLE}/step.json",
+        b'{"name":"round-001/sample","fingerprint":{"verb":"train","models":5,"rows":5}}',
+        f"steps/{SAMPLE}/step.json holds another fingerprint than the one that was sealed",
+    ),
+    "seal of nothing": (f"steps/{SAMPLE}/_OK.json", b"[" * 200_000, f"steps/{SAMPLE}/_OK.json does not match"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_content_is_named_and_no_traceback(finished: Path, kind: str) -> None:
+    file, content, wanted = STRANGE[kind]
+    (finished / file).write_bytes(content)
+    for deep in (False, True):
+        assert any(line.startswith(wanted) for line in found(finished, deep=deep))
+
+
+def test_hidden_files_and_unknown_folders_are_notes(finished: Path) -> None:
+    step = finished / "steps/round-001/train"
+    (step / "model/.DS_Store").write_bytes(b"x")
+    (step / ".nfs0001").write_bytes(b"x")
+    (step / "extra").mkdir()
+    (step / "extra/a.bin").write_bytes(b"x")
+    verification = verify_run(finished, deep=True)
+    assert not verification.damages
+    assert {Path(note.path).name: note.stale for note in verification.notes} == {
+        ".DS_Store": False,
+        ".nfs0001": False,
+        "extra": True,
+    }
+    assert plan_repair(finished, verification.findings).files == ("steps/round-001/train/extra",)

@@ -21,7 +21,7 @@ def repair_command(run: Path, *, do_it: bool, as_json: bool) -> int:
     Raises:
         RunConflict: another process works on the run.
     """
-    check_is_run(run)
+    check_is_run(run, or_its_remains=True)
     findings = find(run, deep=True)
     repair, num_lost = plan_repair(run, findings), 0
     is_readable = not any(damage.path == "run.json" for damage in repair.left)
@@ -55,7 +55,8 @@ def _describe(run: Path, repair: Repair, *, is_done: bool, num_lost: int) -> lis
         f"log of step {step}: {what}; the rows that verify stay, the whole log is kept in quarantine"
         for step, what in repair.logs
     ]
-    lines += [f"removed: {cache}, which is built again" for cache in repair.caches]
+    if repair.caches:
+        lines.append(f"removed: {len(repair.caches)} files of caches in derived, which are built again")
     lines += [f"left as it is: {damage.path} {damage.what}; {damage.way_out(str(run))}" for damage in repair.left]
     if repair.is_empty:
         return [*lines, f"{run}: nothing can be repaired by moving files"]

@@ -11,7 +11,7 @@ from reasonrun.report.verification import describe_verification, verification_do
 
 def verify_command(run: Path, *, deep: bool, as_json: bool) -> int:
     """Show what is damaged. Reads only; never takes the lock. The exit code: 1 where something is damaged, else 0."""
-    check_is_run(run)
+    check_is_run(run, or_its_remains=True)
     verification = verify_run(run, deep=deep)
     if as_json:
         print_json(verification_document(verification))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from reasonrun.errors import RunConflict, RunFailed
+from reasonrun.errors import ReasonrunError, RunConflict, RunFailed
 from reasonrun.ledger.files import Files, decode_json, encode_json
 from reasonrun.ledger.lock import LOCK_NAME
 from reasonrun.ledger.seals import OK_NAME, read_seal, verify_files
@@ -48,11 +48,20 @@ def stored_fingerprint(run_path: Path, name: str) -> Any:
 
 
 def step_inputs(run_path: Path, name: str) -> list[str]:
-    """The steps whose results a step reads, as its fingerprint lists them."""
-    with suppress(RunFailed):
-        fingerprint = stored_fingerprint(run_path, name)
-        return list(fingerprint.get("inputs", [])) if isinstance(fingerprint, dict) else []
+    """The steps whose results a step reads, as its fingerprint lists them; none where its record is damaged."""
+    with suppress(RunFailed, ValueError):
+        return listed_inputs(stored_fingerprint(run_path, name))
     return []
+
+
+def listed_inputs(fingerprint: Any) -> list[str]:
+    """The inputs that a fingerprint lists. Raises ValueError when they are no names."""
+    inputs = fingerprint.get("inputs") if isinstance(fingerprint, dict) else None
+    if inputs is None:
+        return []
+    if not isinstance(inputs, list) or not all(isinstance(name, str) for name in inputs):
+        raise ValueError("its inputs are no names of steps")
+    return inputs
 
 
 def dependents_first(name: str, inputs: Mapping[str, list[str]]) -> list[str]:
@@ -75,6 +84,16 @@ def closure(run_path: Path, names: Iterable[str]) -> list[str]:
     """Steps and all that depends on them, each after everything that depends on it."""
     inputs = {step: step_inputs(run_path, step) for step in step_states(run_path)}
     return list(dict.fromkeys(step for name in names for step in dependents_first(name, inputs)))
+
+
+def named_steps(run_path: Path) -> list[str]:
+    """Steps that a run has, or that it names although their files are gone: something was made from them."""
+    states = step_states(run_path)
+    names = [*states, *(source for name in states for source in step_inputs(run_path, name))]
+    with suppress(ReasonrunError, KeyError, TypeError):
+        seal = read_seal(run_path)
+        names += [] if seal is None else seal.content["steps"]
+    return list(dict.fromkeys(names))
 
 
 def run_identity(path: Path) -> dict[str, Any]:

@@ -67,11 +67,13 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something worth knowing that is no damage: what a stop leaves behind. ``stale`` files may be set aside."""
+    """Something worth knowing that is no damage: what a stop leaves behind. ``stale`` files may be set aside; of a stale
+    ``step`` all of its own."""
 
     path: str
     what: str
     stale: bool = False
+    step: str = ""
 
 
 Finding = Damage | Note

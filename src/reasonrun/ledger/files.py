@@ -31,8 +31,11 @@ def encode_json(value: Any, *, indent: int | None = None, sort_keys: bool = Fals
 
 
 def decode_json(data: bytes) -> Any:
-    """The inverse of ``encode_json``. Raises ValueError when ``data`` is not JSON."""
-    return json.loads(data.decode("utf-8", "surrogatepass"))
+    """The inverse of ``encode_json``. Raises ValueError when ``data`` is not JSON, or nested too deeply to be read."""
+    try:
+        return json.loads(data.decode("utf-8", "surrogatepass"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from reasonrun.errors import RunFailed
+from reasonrun.errors import EnvironmentProblem, RunFailed
 from reasonrun.ledger.damage import Damage, Finding, Note, Remedy
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.seals import damaged_files, read_seal
@@ -25,6 +25,12 @@ def check_open_step(path: Path, name: str, files: Files, *, deep: bool) -> Itera
                 yield from _check_log(path, name, entry)
     for checkpoint in sorted((folder / CHECKPOINTS).glob("*")):
         yield from _check_checkpoint(path, checkpoint, files, deep=deep)
+
+
+def of_later_version(where: str, error: EnvironmentProblem, step: str = "") -> Damage:
+    """A seal that only a later version of reasonrun can read: nothing of it is moved."""
+    what = f"cannot be read: {error.message.rstrip('.')}; {error.hint}"
+    return Damage(path=where, what=what, promise="G1", remedy="restore", step=step)
 
 
 def _check_log(path: Path, name: str, log: Path) -> Iterator[Finding]:
@@ -68,6 +74,9 @@ def _check_checkpoint(path: Path, checkpoint: Path, files: Files, *, deep: bool)
             yield Note(path=where, what="is a checkpoint that was being removed; it is not read", stale=True)
             return
         problems = [f"{file} {problem}" for file, problem in damaged_files(checkpoint, seal, files, deep=deep)]
+    except EnvironmentProblem as error:
+        yield of_later_version(where, error)
+        return
     except RunFailed:
         problems = ["its seal does not match its own digest"]
     for problem in problems:

@@ -12,7 +12,7 @@ from reasonrun.ledger.catalogue import closure, step_states
 from reasonrun.ledger.damage import Damage, Finding, Note
 from reasonrun.ledger.quarantine import Quarantine
 from reasonrun.ledger.run_dir import RunDir
-from reasonrun.ledger.steps import is_scratch, own_entries
+from reasonrun.ledger.steps import wal_name
 
 _CACHE = re.compile(r"[0-9a-f]{32}\.(arrow|json)(\.\d+\.tmp)?|.*\.tmp")
 
@@ -55,9 +55,10 @@ def plan_repair(path: Path, findings: Iterable[Finding]) -> Repair:
     """What there is to do about what was found in the run directory ``path``. Touches nothing."""
     found = list(findings)
     damages = [finding for finding in found if isinstance(finding, Damage)]
-    damaged = list(dict.fromkeys(damage.step for damage in damages if damage.remedy == "redo"))
+    damaged = [damage.step for damage in damages if damage.remedy == "redo"]
+    stale = [note.step for note in found if isinstance(note, Note) and note.stale and note.step]
     present = step_states(path)
-    steps = [step for step in closure(path, damaged) if step in present]
+    steps = [step for step in closure(path, [*damaged, *stale]) if step in present]
     moved = tuple(f"steps/{step}/" for step in steps)
     logs = {damage.step: damage.what for damage in damages if damage.remedy == "log" and damage.step not in steps}
     files = [finding.path for finding in found if _is_to_move(finding) and not finding.path.startswith(moved)]
@@ -66,19 +67,20 @@ def plan_repair(path: Path, findings: Iterable[Finding]) -> Repair:
         derived = path / "derived"
         names = sorted(entry.name for entry in derived.glob("*") if _CACHE.fullmatch(entry.name))
         caches += [f"derived/{name}" for name in names]
-    if damaged and not steps:  # the files are gone already: the run has to be taken up again all the same
-        files += ["_OK.json"] if (path / "_OK.json").exists() else []
+    gone = [file for file in files if not (path / _whole(file)).exists()]
+    if (damaged and not steps) or gone:  # there is nothing to move: the run has to be taken up again all the same
+        files.append("_OK.json")
     return Repair(
         steps=tuple(steps),
         logs=tuple(logs.items()),
-        files=tuple(dict.fromkeys(_whole(file) for file in files)),
+        files=tuple(file for file in dict.fromkeys(map(_whole, files)) if (path / file).exists()),
         caches=tuple(dict.fromkeys(caches)),
         left=tuple(damage for damage in damages if damage.remedy == "restore"),
     )
 
 
 def _is_to_move(finding: Finding) -> bool:
-    return finding.stale if isinstance(finding, Note) else finding.remedy == "aside"
+    return finding.stale and not finding.step if isinstance(finding, Note) else finding.remedy == "aside"
 
 
 def _whole(file: str) -> str:
@@ -105,7 +107,7 @@ def apply_repair(run: RunDir, repair: Repair) -> int:
 
 
 def keep_good_rows(run: RunDir, step: str) -> int:
-    """Keep the rows of an unfinished step's logs that verify; the whole logs are set aside before.
+    """Keep the rows of an unfinished step's log that verify; the whole log is set aside before.
 
     Args:
         run: held by this process.
@@ -121,5 +123,5 @@ def keep_good_rows(run: RunDir, step: str) -> int:
 
     _ = run.attempt_dir
     folder = Quarantine(run.path, run.files).new_folder() / "steps" / step
-    logs = [path for path in own_entries(run.path / "steps" / step) if is_scratch(path) and path.suffix == ".jsonl"]
-    return sum(wal.repair(path, run.files, lambda aside: folder / aside) for path in logs)
+    log = run.path / "steps" / step / wal_name("rows")  # for another one its step is begun again
+    return wal.repair(log, run.files, lambda aside: folder / aside)

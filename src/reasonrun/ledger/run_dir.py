@@ -17,6 +17,7 @@ from reasonrun.ledger.catalogue import (
     closure,
     finished_content,
     identity_digest,
+    named_steps,
     run_identity,
     step_states,
     stored_fingerprint,
@@ -199,22 +200,22 @@ class RunDir:
         return step_states(self.path)
 
     def unreached(self) -> list[str]:
-        """Committed steps that this attempt has not asked for."""
-        return [name for name, state in self.steps().items() if state == "committed" and name not in self.reached]
+        """Steps, committed or begun, that this attempt has not asked for."""
+        return [name for name in self.steps() if name not in self.reached]
 
     def redo(self, name: str) -> list[str]:
         """Move a step and every step that depends on its result to quarantine.
 
         Returns:
-            The names of the steps that moved, dependents first.
+            The names of the steps that moved, dependents first; without ``name`` where its files are gone.
 
         Raises:
             RecipeError: the run has no such step.
         """
         self._held_attempt()
-        states = self.steps()
-        if name not in states:
-            near = difflib.get_close_matches(name, states, n=3) or list(states)[:10]
+        names = named_steps(self.path)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3) or names[:10]
             raise RecipeError(
                 f"The run {self.path} has no step {name!r}.", hint=f"its steps: {', '.join(near) or 'none'}"
             )

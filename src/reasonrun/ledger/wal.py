@@ -6,9 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +54,7 @@ class Wal:
         self._flushed_at = time.monotonic()
         self._writing = threading.RLock()
         self._timer: threading.Timer | None = None
+        self._failed_flush: Exception | None = None
         if self._file.size:  # rows of an earlier attempt may still be in the page cache only
             self.flush()
 
@@ -92,6 +92,8 @@ class Wal:
                 lines[ordinal] = line
             elif not is_same_row(known, line):
                 raise self._different(ordinal)
+        if self._failed_flush is not None:
+            raise self._failed_flush
         if not lines:
             return
         mark = b""
@@ -120,10 +122,13 @@ class Wal:
 
     def _flush_waiting(self) -> None:
         with self._writing:
-            # A failure is kept by ``Files``, which refuses the next write of the attempt; here nobody would hear it.
             if self._timer is threading.current_thread():
-                with suppress(ReasonrunError):
+                try:
                     self.flush()
+                except ReasonrunError:  # kept by ``Files``, which refuses the next write of the attempt
+                    pass
+                except Exception as error:  # here nobody would hear it
+                    self._failed_flush = error
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -244,20 +249,44 @@ def repair(path: Path, files: Files, set_aside: Callable[[str], Path]) -> int:
     Returns:
         The number of lines that were given up.
     """
-    data = files.read(path)
-    by_ordinal: dict[int, set[bytes]] = {}
+    places: dict[int, int] = {}
+    differing: set[int] = set()
     num_lost = 0
-    for line in data.splitlines(keepends=True):
-        ordinal = ordinal_of(line)
-        if ordinal is None:
-            num_lost += 1
-        elif ordinal != FLUSHED:  # marks count bytes of the old file
-            by_ordinal.setdefault(ordinal, set()).add(line)
-    kept = [next(iter(same)) for same in by_ordinal.values() if len(same) == 1]
-    num_lost += sum(len(same) for same in by_ordinal.values() if len(same) > 1)
-    files.write_atomic(set_aside(f"{path.name}.damaged"), data, "json")
-    files.write_atomic(path, b"".join(kept), "json")
+    with files.explaining(path), open(path, "rb") as log, open(path, "rb") as earlier:
+        for line, offset in _lines(log):
+            ordinal = ordinal_of(line)
+            if ordinal is None:
+                num_lost += 1
+            elif ordinal != FLUSHED:  # marks count bytes of the old file
+                earlier.seek(places.setdefault(ordinal, offset))
+                if places[ordinal] != offset and not is_same_row(earlier.readline(), line):
+                    differing.add(ordinal)
+                    num_lost += 1
+    num_lost += len(differing)  # nobody knows which one is right
+    kept = {offset for ordinal, offset in places.items() if ordinal not in differing}
+    _copy(path, files, set_aside(f"{path.name}.damaged"), lambda offset: True)
+    _copy(path, files, path, kept.__contains__)
     return num_lost
+
+
+def _lines(log: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    offset = 0
+    for line in log:
+        yield line, offset
+        offset += len(line)
+
+
+def _copy(path: Path, files: Files, target: Path, keep: Callable[[int], bool]) -> None:
+    """Write the lines of a log whose offsets ``keep`` accepts to a file that appears complete."""
+    new = files.create(target, "json")
+    try:
+        with files.explaining(path), open(path, "rb") as log:
+            for line, offset in _lines(log):
+                if keep(offset):
+                    new.write(line)
+        new.commit()
+    finally:
+        new.close()
 
 
 def _open_to_read(path: Path, files: Files) -> int:

@@ -9,11 +9,12 @@ import numpy as np
 
 from reasonrun.ledger.damage import Damage, Promise
 from reasonrun.records import LeftOut
+from reasonrun.report.joins import Join
 from reasonrun.report.record_checks import StepFacts
 from reasonrun.report.sealed_rows import Ids, SealedRows, hashed, record_types
 
 
-def check_curation(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
+def check_curation(rows: SealedRows, step: StepFacts) -> Iterator[Damage | Join]:
     """A ``curate`` or ``cut`` step against its own counts, and against the graded rollouts that it read."""
 
     used, sources = _used(rows, step)
@@ -40,24 +41,28 @@ def _damage(step: StepFacts, what: str, promise: Promise = "G17") -> Damage:
     return Damage(path=f"steps/{step.name}", what=what, promise=promise, remedy="redo", step=step.name)
 
 
-def _conserved(rows: SealedRows, step: StepFacts, named: Ids) -> Iterator[Damage]:
+def _conserved(rows: SealedRows, step: StepFacts, named: Ids) -> Iterator[Damage | Join]:
     """Every row of the graded sets is named, and nothing else."""
-    given, num_given, num_other_sets = [], 0, 0
+    given, others, num_given, num_other_sets = [], [], 0, 0
     for name, wanted in zip(step.inputs, step.fingerprint.get("sets", []), strict=False):
         graded = rows.graded(name)
         if graded is None and rows.steps[name].verb in ("grade", "judge"):
-            return  # of a part of some rollouts: which part is not on record
+            return  # of no samples
         if graded is None:
             num_other_sets += 1
             continue
-        rollouts, scores = graded
-        if scores.digest(rollouts) == wanted:
-            given.append(rollouts.ids)
-            num_given += rollouts.num_rows
-        elif np.isin(rollouts.ids, named).any():
-            yield _damage(rows.steps[name], f"holds other verdicts than those that {step.name} was made from", "G7")
+        if graded.digest == wanted:
+            yield Join(source=name, reader=step.name, things="verdicts", agrees=True)
+        if graded.rollouts is None:
+            return  # of a part of some rollouts, which is not on record, or the samples are damaged
+        if graded.digest == wanted:
+            given.append(graded.rollouts.ids)
+            num_given += graded.rollouts.num_rows
+        elif np.isin(graded.rollouts.ids, named).any():
+            yield Join(source=name, reader=step.name, things="verdicts", agrees=False)
             return
         else:  # a choice of problems, made with the help of these verdicts
+            others.append(name)
             num_other_sets += 1
     if not num_other_sets and step.result["num_rows"] != num_given:
         yield _damage(
@@ -71,7 +76,9 @@ def _conserved(rows: SealedRows, step: StepFacts, named: Ids) -> Iterator[Damage
         return
     whole = np.unique(np.concatenate(given))
     lost, foreign = len(np.setdiff1d(whole, named)), len(np.setdiff1d(named, whole))
-    if lost or foreign:
+    if foreign and others:  # rows of sets that stand there no more
+        yield from (Join(source=name, reader=step.name, things="verdicts", agrees=False) for name in others)
+    elif lost or foreign:
         yield _damage(
             step,
             f"{lost} rows that it read are neither used nor left out, and {foreign} that it names are none of them",

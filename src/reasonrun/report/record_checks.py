@@ -13,11 +13,11 @@ from reasonrun.ledger.catalogue import step_states, stored_fingerprint
 from reasonrun.ledger.damage import Damage, Finding, Note
 from reasonrun.ledger.files import Files, decode_json
 from reasonrun.ledger.seals import Seal, read_seal
-from reasonrun.ledger.steps import Committed
+from reasonrun.ledger.steps import Committed, check_step_name
 from reasonrun.model_folder import INDEX_NAME
 from reasonrun.records import digest
+from reasonrun.report.joins import METRICS, Join
 
-METRICS = "metrics.jsonl"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -64,14 +64,15 @@ def committed_steps(path: Path) -> dict[str, StepFacts]:
             continue
         try:
             seal, fingerprint = read_seal(folder), stored_fingerprint(path, name)
-        except ReasonrunError:
+            is_sealed = seal is not None and seal.content["fingerprint"] == digest(fingerprint)
+        except (ReasonrunError, KeyError, TypeError):
             continue
-        if seal is not None and isinstance(fingerprint, dict):
+        if seal is not None and is_sealed and isinstance(fingerprint, dict):
             found[name] = StepFacts(name=name, folder=folder, seal=seal, fingerprint=fingerprint)
     return found
 
 
-def check_metrics(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Finding]:
+def check_metrics(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Finding | Join]:
     """``metrics.jsonl`` says of every committed step what its seal says, and of nothing else."""
 
     def damaged(what: str, step: str = "") -> Damage:
@@ -80,16 +81,19 @@ def check_metrics(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Findin
     states = step_states(path)
     is_finished = (path / "_OK.json").exists()
     if not (path / METRICS).is_file():
-        was_moved = any(path.glob(f"quarantine/*/{METRICS}"))
-        if is_finished or (len(steps) > 1 and not was_moved):
-            yield damaged(f"is missing, although {len(steps)} steps are committed")
+        what = f"is missing, although {len(steps)} steps are committed"
+        if is_finished:
+            yield damaged(what)
+        elif len(steps) > 1:  # each stop between a commit and its line leaves one more
+            yield Note(path=METRICS, what=f"{what}; the same train command writes it again")
         return
     lines: dict[str, dict[str, Any]] = {}
     for number, line in enumerate((path / METRICS).read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = decode_json(line)
             name = row["step"]
-        except (ValueError, KeyError, TypeError):
+            check_step_name(name)
+        except (ValueError, KeyError, TypeError, AttributeError):
             yield damaged(f"line {number} is no line of a step")
             continue
         if name in lines:
@@ -97,8 +101,9 @@ def check_metrics(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Findin
         lines[name] = row
     for name, row in lines.items():
         if states.get(name) == "committed":
-            if name in steps and not _is_line_of(row, steps[name]):
-                yield damaged(f"its line of step {name} says other things than the step's seal", name)
+            if name in steps:
+                agrees = _is_line_of(row, steps[name])
+                yield Join(source=name, reader=METRICS, things="things", agrees=agrees, promise="G21")
         elif not any(path.glob(f"quarantine/*/steps/{name}")):
             if name in states:
                 what = f"is not committed, although {METRICS} has its line: its seal is gone"
@@ -138,7 +143,7 @@ def _finished_with(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-def check_weights(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Damage]:
+def check_weights(path: Path, steps: Mapping[str, StepFacts]) -> Iterator[Damage | Join]:
     """Weights are safetensors, are those that their step says, and are the ones that later steps name."""
     for step in steps.values():
         for name in step.seal.files:
@@ -187,31 +192,28 @@ def _sealed_weights(step: StepFacts) -> str | None:
     return digest([[name, sealed[name]] for name in sorted(names)])
 
 
-def _check_names(steps: Mapping[str, StepFacts]) -> Iterator[Damage]:
+def _check_names(steps: Mapping[str, StepFacts]) -> Iterator[Join]:
     """A step names the weights that the training steps among its inputs made, and an evaluation those that were sampled."""
     for step in steps.values():
         named = _named(step)
         for source in _inputs(step, steps):
-            if source.weights is not None and source.weights not in named:
-                what = f"made the weights {source.weights}, and {step.name} was made from {', '.join(sorted(named)) or 'none'}"
-                yield Damage(path=f"steps/{source.name}", what=what, promise="G7", remedy="redo", step=source.name)
+            if source.weights is not None:
+                yield Join(source=source.name, reader=step.name, things="weights", agrees=source.weights in named)
         if step.verb != "evaluate":
             continue
         sampled = {first.name: first for graded in _inputs(step, steps) for first in _inputs(graded, steps)[:1]}
         for source in sampled.values():
-            if source.verb == "sample" and _named(source) != named:
-                what = f"was sampled from other weights than those that {step.name} is about"
-                yield Damage(path=f"steps/{source.name}", what=what, promise="G7", remedy="redo", step=source.name)
+            if source.verb == "sample":
+                things = "samples, of other weights,"
+                yield Join(source=source.name, reader=step.name, things=things, agrees=_named(source) == named)
 
 
-def check_inputs(steps: Mapping[str, StepFacts]) -> Iterator[Damage]:
+def check_inputs(steps: Mapping[str, StepFacts]) -> Iterator[Join]:
     """Where a fingerprint holds the digest of a step that it reads, that step still seals just this."""
     for step in steps.values():
         for name, wanted in zip(step.inputs, _digests_of_steps(step), strict=False):
-            source = steps.get(name)
-            if source is not None and source.digest != wanted:
-                what = f"seals other bytes than those that {step.name} was made from"
-                yield Damage(path=f"steps/{name}", what=what, promise="G7", remedy="redo", step=name)
+            if name in steps:
+                yield Join(source=name, reader=step.name, things="bytes", agrees=steps[name].digest == wanted)
 
 
 def _digests_of_steps(step: StepFacts) -> list[str]:

@@ -13,16 +13,17 @@ from reasonrun.errors import RunFailed
 from reasonrun.ledger.damage import Damage, Finding, Note, Promise
 from reasonrun.records import Problem, digest
 from reasonrun.report.curation_checks import check_curation
+from reasonrun.report.joins import Join
 from reasonrun.report.record_checks import StepFacts
-from reasonrun.report.sealed_rows import RolloutFacts, ScoreFacts, SealedRows, computes_digests_so, record_types
+from reasonrun.report.sealed_rows import GradedFacts, RolloutFacts, SealedRows, computes_digests_so, record_types
 from reasonrun.sets import differing_cache
 
-Check = Callable[[SealedRows, StepFacts], Iterator[Damage]]
+Check = Callable[[SealedRows, StepFacts], Iterator[Damage | Join]]
 
 _TOLERANCE = 1e-9
 
 
-def check_rows(path: Path, steps: Mapping[str, StepFacts], damaged: set[str]) -> Iterator[Finding]:
+def check_rows(path: Path, steps: Mapping[str, StepFacts], damaged: set[str]) -> Iterator[Finding | Join]:
     """What is wrong with the rows of a run's committed steps.
 
     Args:
@@ -34,7 +35,7 @@ def check_rows(path: Path, steps: Mapping[str, StepFacts], damaged: set[str]) ->
     for step in list(rows.steps.values()):
         found = list(_of_known_form(_check_tables, rows, step))
         yield from found
-        if any(damage.remedy == "redo" for damage in found):
+        if any(isinstance(one, Damage) and one.remedy == "redo" for one in found):
             rows.steps.pop(step.name)
     problem_ids = {
         hash(name)
@@ -53,7 +54,7 @@ def check_rows(path: Path, steps: Mapping[str, StepFacts], damaged: set[str]) ->
             yield from _check_problems_known(rows, step, problem_ids)
 
 
-def _of_known_form(check: Check, rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
+def _of_known_form(check: Check, rows: SealedRows, step: StepFacts) -> Iterator[Damage | Join]:
     """One check, where a seal that its own digest vouches for may still not hold what the verb writes."""
     try:
         yield from check(rows, step)
@@ -101,9 +102,12 @@ def _check_problem_step(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
         yield damage_of(step, "holds other problems than its fingerprint names", "G7")
 
 
-def _check_problems_known(rows: SealedRows, step: StepFacts, known: set[int]) -> Iterator[Damage]:
+def _check_problems_known(rows: SealedRows, step: StepFacts, known: set[int]) -> Iterator[Damage | Join]:
     foreign = [name for name, _ in rows.rollouts(step).runs if hash(name) not in known]
-    if foreign:
+    read = [name for name in step.inputs if name in rows.steps and rows.steps[name].verb == "problems"]
+    if len(read) == 1:
+        yield Join(source=read[0], reader=step.name, things="problems", agrees=not foreign)
+    elif foreign:
         yield damage_of(
             step, f"holds rollouts of {len(foreign)} problems that the run does not have, such as {foreign[0]}"
         )
@@ -148,7 +152,7 @@ def _ancestors(steps: Mapping[str, StepFacts], step: StepFacts) -> list[StepFact
     return list(found.values())
 
 
-def _check_grade(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
+def _check_grade(rows: SealedRows, step: StepFacts) -> Iterator[Damage | Join]:
     scores = rows.scores(step)
     yield from _counts(
         step,
@@ -161,14 +165,10 @@ def _check_grade(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
     if sampled is None or sampled.verb != "sample":
         return
     rollouts = rows.rollouts(sampled)
-    if rollouts.num_rows < len(scores.values):
-        yield damage_of(
-            sampled, f"holds {rollouts.num_rows} rollouts, and {step.name} {len(scores.values)} scores of them"
-        )
-    elif (
-        rollouts.num_rows == len(scores.values) and step.fingerprint.get("rollouts", rollouts.digest) != rollouts.digest
-    ):
-        yield damage_of(sampled, f"holds other rollouts than those that {step.name} graded")
+    if rollouts.num_rows <= len(scores.values):  # of more rollouts a part was graded
+        named = step.fingerprint.get("rollouts", rollouts.digest)
+        agrees = rollouts.num_rows == len(scores.values) and rollouts.digest == named
+        yield Join(source=sampled.name, reader=step.name, things="rollouts", agrees=agrees, promise="G21")
 
 
 def _check_judge(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
@@ -181,7 +181,11 @@ def _check_pairs(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
     num_rows = sum(len(part) for part in rows.parts(step, "rows", record_types(step)["rows"]))
     yield from _counts(step, num_pairs=num_rows)
     pairs = rows.steps.get(step.inputs[0])
-    if pairs is not None and pairs.result.get("num_examples", num_rows) != num_rows:
+    if (
+        pairs is not None
+        and pairs.digest == step.fingerprint.get("pairs")
+        and pairs.result.get("num_examples", num_rows) != num_rows
+    ):
         yield damage_of(step, f"scores {num_rows} pairs, and {pairs.name} holds {pairs.result['num_examples']}")
 
 
@@ -196,32 +200,39 @@ def _check_on_policy(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
 
 
 def _check_train(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
-    sources = [rows.steps.get(name) for name in step.inputs[: len(step.fingerprint.get("rows", []))]]
-    sizes = [source.result.get("num_examples") for source in sources if source is not None]
-    if sizes and len(sizes) == len(step.fingerprint["rows"]) and None not in sizes:
+    wanted = step.fingerprint.get("rows", [])
+    sources = [rows.steps[name] for name in step.inputs[: len(wanted)] if name in rows.steps]
+    sizes = [source.result.get("num_examples") for source in sources]
+    if sizes and [source.digest for source in sources] == wanted and None not in sizes:
         yield from _counts(step, num_examples=sum(sizes))
 
 
-def _check_measure(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
+def _check_measure(rows: SealedRows, step: StepFacts) -> Iterator[Damage | Join]:
     """An evaluation was made from the verdicts that its inputs hold, and its accuracy is theirs."""
     if not rows.computes_digests_so or any(name not in rows.steps for name in step.inputs):
         return
-    found = [graded for name in step.inputs if (graded := rows.graded(name)) is not None]
-    by_digest = {scores.digest(rollouts): (rollouts, scores) for rollouts, scores in found}
     parts: dict[str, Any] = dict(step.fingerprint.get("parts", {}))
     tables = {part: step.result.get(part) for part in parts}
     if step.verb == "preflight":
         parts, tables = {"graded": step.fingerprint.get("graded")}, {"graded": step.result}
+    found = {name: graded for name in step.inputs if (graded := rows.graded(name)) is not None}
+    by_digest = {graded.digest: graded for graded in found.values()}
+    lost = [part for part, wanted in parts.items() if wanted not in by_digest]
+    others = [name for name, graded in found.items() if graded.digest not in parts.values()]
+    for name in found:
+        if lost or name not in others:
+            yield Join(source=name, reader=step.name, things="verdicts", agrees=name not in others, promise="G21")
+    if lost and not others:
+        yield damage_of(step, f"its part {lost[0]} was measured on other verdicts than {', '.join(step.inputs)} hold")
     for part, wanted in parts.items():
-        if wanted not in by_digest:
-            yield damage_of(step, f"its part {part} was measured on other verdicts than {', '.join(step.inputs)} hold")
-        elif isinstance(table := tables[part], dict):
-            yield from _check_accuracy(step, part, table, *by_digest[wanted])
+        if part not in lost and isinstance(table := tables[part], dict):
+            yield from _check_accuracy(step, part, table, by_digest[wanted])
 
 
-def _check_accuracy(
-    step: StepFacts, part: str, table: dict[str, Any], rollouts: RolloutFacts, scores: ScoreFacts
-) -> Iterator[Damage]:
+def _check_accuracy(step: StepFacts, part: str, table: dict[str, Any], graded: GradedFacts) -> Iterator[Damage]:
+    rollouts, scores = graded.rollouts, graded.scores
+    if rollouts is None:
+        return  # not the ones that were graded, which is said there
     sizes = np.array([size for _, size in rollouts.runs])
     starts = np.cumsum(sizes) - sizes
     right = np.add.reduceat((scores.values >= 1.0).astype(np.float64), starts) / sizes if len(sizes) else sizes
@@ -231,7 +242,7 @@ def _check_accuracy(
             yield damage_of(step, f"its part {part} says {name} {table[name]}, the verdicts say {value}")
 
 
-def _check_nothing(rows: SealedRows, step: StepFacts) -> Iterator[Damage]:
+def _check_nothing(rows: SealedRows, step: StepFacts) -> Iterator[Damage | Join]:
     """Of a verb that is not known here, or whose step seals no rows."""
     yield from ()
 

@@ -175,8 +175,13 @@ def open_run(path: Path) -> RunRecord:
     )
 
 
-def check_is_run(path: Path) -> None:
-    """Raises RecipeError when ``path`` is no run directory, or one whose job has not begun."""
+def check_is_run(path: Path, *, or_its_remains: bool = False) -> None:
+    """Raises RecipeError when ``path`` is no run directory, or one whose job has not begun.
+
+    With ``or_its_remains`` a folder that has steps and no ``run.json`` any more counts as one.
+    """
+    if or_its_remains and step_states(path):
+        return
     with suppress(OSError, ValueError, KeyError, TypeError):
         follow = decode_json((path / "jobs" / "job.json").read_bytes())["follow"]
         if not (path / RUN_NAME).exists():

@@ -78,12 +78,27 @@ class ScoreFacts:
     answers: list[str]  # digests, one for each part
     reasons: Counter[str]
 
-    def digest(self, rollouts: RolloutFacts) -> str:
-        """Digest of the graded set, as fingerprints hold it (``GradedSet.digest``)."""
+    def digest(self, rollouts: str) -> str:
+        """Digest of the graded set, as fingerprints hold it (``GradedSet.digest``), from that of its rollouts."""
         running = hashlib.sha256(self.values.data)
         for part in self.answers:
             running.update(part.encode())
-        return digest([rollouts.digest, running.hexdigest()])
+        return digest([rollouts, running.hexdigest()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedFacts:
+    """Scores with the rollouts that they are of.
+
+    Attributes:
+        scores: what the step sealed.
+        rollouts: None where the step that was graded holds others, or more.
+        digest: of the graded set, as this step names its rollouts.
+    """
+
+    scores: ScoreFacts
+    rollouts: RolloutFacts | None
+    digest: str
 
 
 class SealedRows:
@@ -137,9 +152,8 @@ class SealedRows:
             self._scores[step.name] = _score_facts(self.parts(step, table, Score))
         return self._scores[step.name]
 
-    def graded(self, name: str) -> tuple[RolloutFacts, ScoreFacts] | None:
-        """The rollouts and scores that a ``grade`` or ``judge`` step joins; None where it is none, or holds scores of a part
-        of the rollouts. Raises RunFailed as ``parts`` does."""
+    def graded(self, name: str) -> GradedFacts | None:
+        """What a ``grade`` or ``judge`` step of samples made; None where it is none. Raises RunFailed as ``parts`` does."""
         step = self.steps.get(name)
         if step is None or step.verb not in ("grade", "judge") or not step.inputs:
             return None
@@ -147,7 +161,9 @@ class SealedRows:
         if sampled is None or sampled.verb != "sample":
             return None
         rollouts, scores = self.rollouts(sampled), self.scores(step)
-        return (rollouts, scores) if rollouts.num_rows == len(scores.values) else None
+        named = step.fingerprint.get("rollouts", rollouts.digest)
+        is_joined = rollouts.num_rows == len(scores.values) and rollouts.digest == named
+        return GradedFacts(scores=scores, rollouts=rollouts if is_joined else None, digest=scores.digest(named))
 
 
 def computes_digests_so(rows: SealedRows) -> bool:
@@ -157,7 +173,7 @@ def computes_digests_so(rows: SealedRows) -> bool:
     wanted = {wanted for found in parts for wanted in found.values()}
     wanted |= {found["graded"] for found in fingerprints if "graded" in found}
     held = (graded for name in rows.steps if (graded := rows.graded(name)) is not None)
-    return not wanted or any(scores.digest(rollouts) in wanted for rollouts, scores in held)
+    return not wanted or any(graded.digest in wanted for graded in held)
 
 
 def _rollout_facts(parts: Iterator[Rows[Rollout]]) -> RolloutFacts:

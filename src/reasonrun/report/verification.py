@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from reasonrun.ledger.damage import PROMISES, Damage, Finding, Note
 from reasonrun.ledger.files import Files
 from reasonrun.ledger.lock import LOCK_NAME, Owner, holder
 from reasonrun.ledger.verifying import verify_ledger
+from reasonrun.report.joins import Join, settled
 from reasonrun.report.record_checks import check_inputs, check_metrics, check_weights, committed_steps
 
 
@@ -51,9 +51,6 @@ def verify_run(path: Path, *, deep: bool) -> Verification:
 
     Where a live process works on it, what looks damaged is looked at again, so that a file caught between two operations
     is not called so.
-
-    Raises:
-        EnvironmentProblem: a later version of reasonrun wrote it.
     """
     owner = holder(path / LOCK_NAME)
     findings = find(path, deep=deep)
@@ -74,19 +71,19 @@ def verify_run(path: Path, *, deep: bool) -> Verification:
 
 def find(path: Path, *, deep: bool) -> list[Finding]:
     """Every finding, each once."""
-    findings: list[Finding] = list(verify_ledger(path, Files(), deep=deep))
+    found: list[Finding | Join] = list(verify_ledger(path, Files(), deep=deep))
     steps = committed_steps(path)
-    findings += check_metrics(path, steps)
-    findings += check_inputs(steps)
-    findings += check_weights(path, steps)
+    found += check_metrics(path, steps)
+    found += check_inputs(steps)
+    found += check_weights(path, steps)
     if deep:
         from reasonrun.report.row_checks import check_rows  # numpy and pyarrow
 
         # Of a step whose files are damaged nothing more is said; what concerns it as a whole leaves its rows readable.
-        damages = [finding for finding in findings if isinstance(finding, Damage)]
+        damages = [one for one in found if isinstance(one, Damage)]
         inside = {damage.step for damage in damages if damage.path.startswith(f"steps/{damage.step}/")}
-        findings += check_rows(path, steps, inside)
-    return list(dict.fromkeys(findings))
+        found += check_rows(path, steps, inside)
+    return settled(dict.fromkeys(found))
 
 
 def verification_document(verification: Verification) -> dict[str, Any]:
@@ -118,12 +115,13 @@ def describe_verification(verification: Verification) -> list[str]:
     if verification.worked_on_by is not None:
         owner = verification.worked_on_by
         lines.append(f"note: process {owner.pid} is working on this run: {owner.command}")
-    return [*lines, _sum(verification, verification.damages)]
+    return [*lines, _sum(verification)]
 
 
-def _sum(verification: Verification, damages: Sequence[Damage]) -> str:
+def _sum(verification: Verification) -> str:
     state = "finished" if verification.is_finished else "unfinished"
     steps = f"{verification.num_steps} steps committed, {verification.num_begun} begun"
     looked = "every file and row" if verification.deep else "sizes, seals and records; --deep reads every file and row"
-    what = f"{len(damages)} damaged" if damages else "nothing is damaged"
+    num_damaged = len(verification.damages)
+    what = f"{num_damaged} damaged" if num_damaged else "nothing is damaged"
     return f"{verification.path}: {state}, {steps}: {what} ({looked})"
