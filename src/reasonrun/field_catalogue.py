@@ -13,7 +13,7 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_fields import ModelSettings, RecipeField, RoleModelSettings, fields_of, recipe_model
 from reasonrun.recipe_files import recipes_dir
-from reasonrun.recipe_values import SECTIONS, expand_names
+from reasonrun.recipe_values import SECTIONS
 from reasonrun.settings import Settings
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def matching(key: str) -> list[CatalogueField]:
 def origin(recipe: ResolvedRecipe, overrides: list[str], path: str) -> Origin | None:
     """What a recipe says about the field at ``path``; None when it has no such field."""
     from reasonrun.recipe_compose import compose  # with Hydra, which the catalogue itself does without
+    from reasonrun.recipe_fit import choose_models
 
     keys = [int(part) if part.isdigit() else part for part in path.split(".")]
     value: Any = recipe.resolved
@@ -104,7 +105,8 @@ def origin(recipe: ResolvedRecipe, overrides: list[str], path: str) -> Origin | 
             return None
         value = value[key]
     composition = compose(recipe.source_path, overrides, recipes_dir())
-    given: Any = expand_names(composition.data)
+    choose_models(composition)
+    given: Any = composition.data
     for key in keys:
         if not _has(given, key):
             return Origin(value=value, place="default")

@@ -31,7 +31,7 @@ from reasonrun.recipe_fields import (
     recipe_model,
 )
 from reasonrun.recipe_files import find_recipe, recipes_dir
-from reasonrun.recipe_fit import check_pair, construct, roles_of
+from reasonrun.recipe_fit import check_pair, choose_models, construct, roles_of
 from reasonrun.recipe_values import SECTIONS, expand_names, resolve, secrets, with_value, without
 from reasonrun.records import digest
 from reasonrun.settings import Effect, Settings
@@ -102,6 +102,7 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Res
     composition = compose(path, list(overrides), recipes_dir())
     if not composition.data:
         raise RecipeProblems(composition.problems)
+    choose_models(composition)
     for key_path in secrets(composition.data):
         composition.report(key_path, "this looks like a secret; put it into the environment: ${oc.env:NAME}")
     data, from_environment = resolve(composition.data, composition.report)

@@ -250,10 +250,17 @@ def _group_choice(group: str, choice: str, files: _Files, problems: list[Problem
     choices = files.choices(group)
     if choice not in choices:
         where, message = f"{COMMAND_LINE}: {text}", f"{group} has no choice {choice!r}"
-        guess = nearest(choice, choices)
+        guess = _own_model(choice) if group == "model" and "/" in choice else nearest(choice, choices)
         problems.append(Problem(file=where, path=group, message=message, allowed=choices, nearest=guess))
         return None
     return Override(text=text, key=(group,), value=choice, for_hydra=(f"{group}={choice}",), group=True)
+
+
+def _own_model(named: str) -> str:
+    """The override that was meant by a model's folder, or by its name on the Hub, in the place of a shipped one's."""
+    repository = named.removeprefix("hub:")
+    on_hub = named != repository or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) and not Path(named).exists())
+    return f"model.hub={repository}" if on_hub else f"model.path={named}"
 
 
 @cache
