@@ -286,7 +286,7 @@ def _problem(row: Row, split: str, faults: list[str]) -> Problem | None:
         split=split,
         messages=(Message(role="user", content=question),),
         reference=reference,
-        meta={"solution": solution, "num_steps": len(_STEP.findall(solution))},
+        meta={"solution": solution, "num_steps": len(_STEP.findall(solution)), "source": row.place.rpartition("/")[2]},
     )
 
 
