@@ -20,7 +20,7 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_compose import Composition, compose
 from reasonrun.recipe_errors import Path as KeyPath
-from reasonrun.recipe_errors import RecipeProblems, from_pydantic
+from reasonrun.recipe_errors import RecipeProblems, from_pydantic, nearest
 from reasonrun.recipe_fields import (
     EvaluateSettings,
     ModelSettings,
@@ -186,6 +186,10 @@ def _plugin(composition: Composition, path: KeyPath, kind: Any, given: Any) -> t
     if not isinstance(name, str) or not name:
         if not _reported(composition, (*path, "name")) and not _reported(composition, path):
             singular = kind.removesuffix("s")
+            misspelt = nearest("name", given) if isinstance(given, Mapping) else ""
+            if misspelt and "name" not in given:
+                composition.report((*path, misspelt), f"unknown key, and no {singular} is named", nearest="name")
+                return None, None
             what = "required key is missing" if given is None else f"names no {singular}"
             composition.report(path, f"{what}; write `{path[0]}: {{name: …}}`", allowed=plugins.names(kind))
         return None, None
