@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_compose import Composition, compose
 from reasonrun.recipe_errors import Path as KeyPath
-from reasonrun.recipe_errors import RecipeProblems, from_pydantic, nearest
+from reasonrun.recipe_errors import Problem, RecipeProblems, from_pydantic, nearest
 from reasonrun.recipe_fields import (
     EvaluateSettings,
     ModelSettings,
@@ -219,8 +219,20 @@ def _validate(
             error.errors(include_url=False, include_context=True), model, data, composition.place, from_environment
         )
         known = {problem.path for problem in composition.problems}
-        composition.problems += [problem for problem in found if problem.path not in known]
+        composition.problems += [_with_owners(problem) for problem in found if problem.path not in known]
         return None
+
+
+def _with_owners(problem: Problem) -> Problem:
+    """An unknown key of a plug-in with the other plug-ins that have it: often only the name above it is another."""
+    section, _, inside = problem.path.partition(".")
+    kind: Any = SECTIONS.get(section)
+    if problem.message != "unknown key" or not kind or not inside:
+        return problem
+    settings = {name: plugins.settings_class(kind, name, plugins.find(kind, name)) for name in plugins.names(kind)}
+    owners = [name for name, cls in settings.items() if problem.path in dict(fields_of(cls, section))]
+    also = f"; it is a field of {', '.join(owners)}" if owners else ""
+    return replace(problem, message=problem.message + also)
 
 
 def _check_environment(
