@@ -82,6 +82,37 @@ def test_group_choice_on_the_command_line_replaces_the_recipes() -> None:
     assert load(write("method: star\ntask: arith\n"), ["engine=scripted"]).resolved["engine"]["name"] == "scripted"
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("", ["model.path=/x"], {"path": "/x"}),
+        ("", ["model.hub=a/b", "model.revision=main"], {"hub": "a/b", "revision": "main"}),
+        ("", ["model={path: /x}"], {"path": "/x"}),
+        ("model: {path: /x}\n", [], {"path": "/x"}),
+        ("model: {path: /x}\n", ["model.hub=a/b"], {"hub": "a/b"}),
+        ("model: {path: /x}\n", ["model=smollm2"], {"name": "smollm2"}),
+        ("model: {name: null, path: /x}\n", [], {"path": "/x"}),
+    ],
+)
+def test_a_model_named_later_replaces_the_one_below(text: str, overrides: list[str], source: dict[str, str]) -> None:
+    given = load(write(VALID + text), overrides).resolved["model"]
+    assert {key: value for key, value in given.items() if value not in (None, "auto")} == source
+
+
+def test_a_role_named_later_replaces_the_parents() -> None:
+    write(VALID + "models: {judge: tiny}\n", "parent.yaml")
+    endpoint = "models: {judge: {endpoint: {url: 'http://x/v1', model: m}}}\n"
+    recipe = load(write("defaults: [parent, _self_]\n" + endpoint))
+    assert recipe.further_models["judge"].name is None and recipe.further_models["judge"].endpoint is not None
+    assert load("mine.yaml", ["models.judge.path=/x"]).further_models["judge"].path == "/x"
+
+
+def test_a_model_put_in_the_place_of_the_parents_is_not_ignored_in_silence() -> None:
+    write(VALID + "model: {path: /x}\n", "parent.yaml")
+    with pytest.raises(RecipeProblems, match="given: name, path"):
+        load(write("defaults: [parent, {override model: smollm2}, _self_]\n"))
+
+
 def test_naming_another_method_drops_the_settings_of_the_first() -> None:
     recipe = load(write(VALID), ["method=measure", "method.split=dev"])
     assert recipe.resolved["method"] == {"name": "measure", "split": "dev", "max_new_tokens": 256}

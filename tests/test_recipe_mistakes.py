@@ -94,7 +94,10 @@ CASES = {
     "no method": Case("task: arith\n", (1, 1), "method", "required key is missing"),
     "unknown tracker": Case(VALID + "trackers: [nowhere]\n", (8, 12), "trackers.0.name", "unknown tracker"),
     "trackers no list": Case(VALID + "trackers: {a: 1}\n", (8, 11), "trackers", "expected a list"),
-    "two models": Case(VALID + "model: {path: x}\n", (8, 8), "model", "given: name, path"),
+    "two models": Case(VALID + "model: {path: x, name: tiny}\n", (8, 24), "model.name", "given: path, name"),
+    "model under its group file": Case(
+        "defaults: [_self_, model: tiny]\n" + PAIR + "model: {path: x}\n", (4, 15), "model.path", "let `_self_` come after"
+    ),
     "revision without hub": Case(VALID + "model: {revision: x}\n", (8, 8), "model", "belong to a hub model"),
     "word for a group": Case(VALID + "evaluate: 3\n", (8, 11), "evaluate", "expected a group of keys"),
     "nothing to measure": Case(VALID + "evaluate: {greedy: false}\n", (8, 11), "evaluate", "nothing to measure"),

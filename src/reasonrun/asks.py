@@ -12,6 +12,8 @@ from reasonrun.randomness import derive_seed
 from reasonrun.records import Message, Problem, Rollout, Sampling, Segment, digest
 from reasonrun.rendering import Renderer
 
+_MAX_NAMED = 5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
@@ -155,23 +157,31 @@ def require_room(
     Raises:
         RecipeError: the longest prompt with the longest answers exceeds ``limit``.
     """
-    longest = max(asks, key=lambda ask: len(ask.all_ids))
+    lengths = [(len(ask.all_ids), ask.problem) for ask in asks]
+    longest, problem = max(lengths, key=lambda pair: pair[0])
     between = sum(len(renderer.next_turn((), (), [Message(role="user", content=said)])) for said in turns)
-    needed = len(longest.all_ids) + between + (1 + len(turns)) * max_new_tokens
+    needed = longest + between + (1 + len(turns)) * max_new_tokens
     if needed <= limit:
         return
-    room = (limit - len(longest.all_ids) - between) // (1 + len(turns))
+    room = (limit - longest - between) // (1 + len(turns))
     whole = f"a conversation of {1 + len(turns)} turns" if turns else "an answer with its prompt"
-    source = longest.problem.meta.get("source", "")
-    item = f"problem {longest.problem.id}{f' of {source}' if source else ''}"
     allowed = " and the trainer's max_length allow" if turns else " holds"
     hint = f"lower max_new_tokens to {room}, " if room > 0 else ""
+    hopeless = {asked.id: _named(asked) for length, asked in lengths if length + between >= limit}
+    if 0 < len(hopeless) < len({asked.id for _, asked in lengths}):  # shorter answers help the others, never these
+        listed = ", ".join(list(hopeless.values())[:_MAX_NAMED]) + (" …" if len(hopeless) > _MAX_NAMED else "")
+        hint = f"leave {'this row' if len(hopeless) == 1 else f'these {len(hopeless)} rows'} out: {listed}; or "
     raise RecipeError(
-        f"{whole} may need {needed} tokens: the longest prompt ({item}) has {len(longest.all_ids)},"
+        f"{whole} may need {needed} tokens: the longest prompt ({_named(problem)}) has {longest},"
         f" {'each turn' if turns else 'the answer'} up to {max_new_tokens}. The model's context"
         f"{allowed} {limit}",
         hint=f"{hint}{'raise max_length, ' if turns else 'use fewer demonstrations, '}or take a model with a longer context",
     )
+
+
+def _named(problem: Problem) -> str:
+    source = problem.meta.get("source", "")
+    return f"problem {problem.id}{f' of {source}' if source else ''}"
 
 
 def _whole_text(ask: Ask, completion: dict[str, Any], renderer: Renderer) -> str:

@@ -13,7 +13,7 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_fields import ModelSettings, RecipeField, RoleModelSettings, fields_of, recipe_model
 from reasonrun.recipe_files import recipes_dir
-from reasonrun.recipe_values import SECTIONS, expand_names
+from reasonrun.recipe_values import SECTIONS
 from reasonrun.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,6 +71,26 @@ def sections() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*SECTIONS, *recipe_model({}, ()).model_fields]))
 
 
+def group_of(key: str) -> tuple[str, Sequence[CatalogueField]] | None:
+    """The section whose choices a key names (``engine``), or the one choice (``hf``, ``engine.hf``, ``models.judge``).
+
+    Returns:
+        Its path and its fields; None when the key names a field, or nothing.
+    """
+    wanted = _generic(key)
+    if wanted in ("models", f"models.{ROLE}"):
+        return f"models.{ROLE}", section_fields("models")
+    if wanted in sections():
+        fields = section_fields(wanted)
+        return None if wanted in {field.path for field in fields} else (wanted, fields)
+    everything = [field for section in sections() for field in section_fields(section)]
+    if any(f".{field.path}".endswith(f".{wanted}") for field in everything):
+        return None
+    section, _, name = wanted.rpartition(".")
+    found = [field for field in everything if field.plugin == name and field.path.startswith(f"{section}.".lstrip("."))]
+    return (found[0].path.partition(".")[0], found) if found else None
+
+
 def matching(key: str) -> list[CatalogueField]:
     """The fields that a key names: by their whole path, or by the end of it (``sft.lr``).
 
@@ -96,6 +116,7 @@ def matching(key: str) -> list[CatalogueField]:
 def origin(recipe: ResolvedRecipe, overrides: list[str], path: str) -> Origin | None:
     """What a recipe says about the field at ``path``; None when it has no such field."""
     from reasonrun.recipe_compose import compose  # with Hydra, which the catalogue itself does without
+    from reasonrun.recipe_fit import choose_models
 
     keys = [int(part) if part.isdigit() else part for part in path.split(".")]
     value: Any = recipe.resolved
@@ -104,7 +125,8 @@ def origin(recipe: ResolvedRecipe, overrides: list[str], path: str) -> Origin | 
             return None
         value = value[key]
     composition = compose(recipe.source_path, overrides, recipes_dir())
-    given: Any = expand_names(composition.data)
+    choose_models(composition)
+    given: Any = composition.data
     for key in keys:
         if not _has(given, key):
             return Origin(value=value, place="default")
@@ -185,7 +207,9 @@ def _guesses(wanted: str, everything: Sequence[CatalogueField]) -> list[str]:
         for start in range(len(parts)):
             by_end.setdefault(".".join(parts[start:]), []).append(field.path)
     close = difflib.get_close_matches(wanted, by_end, n=_NUM_GUESSES, cutoff=0.7)
-    found = [path for end in close for path in by_end[end]]
+    first, _, last = wanted.partition(".")
+    inside = [f.path for f in everything if last and f.path.startswith(f"{first}.") and f.path.endswith(f".{last}")]
+    found = [*inside, *(path for end in close for path in by_end[end])]
     words = [word for word in re.split(r"[^a-z]+", wanted.rpartition(".")[2].lower()) if len(word) > 2]
     meant = [f.path for f in everything if words and all(word in f.field.description.lower() for word in words)]
     return list(dict.fromkeys([*found, *meant]))[:_NUM_GUESSES]

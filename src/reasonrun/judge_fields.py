@@ -8,7 +8,7 @@ from typing import Any
 
 from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER, read_decision
 from reasonrun.prompts.judge import Rubric
-from reasonrun.question_files import check_row
+from reasonrun.row_faults import check_row
 
 
 class Fields:

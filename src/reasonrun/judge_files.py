@@ -22,8 +22,9 @@ from reasonrun.grading.judgement import HIGHEST, LOWEST
 from reasonrun.judge_fields import Fields, tidy
 from reasonrun.judge_texts import looks_like_prompt, parts_of, rubric_of
 from reasonrun.prompts.judge import RUBRICS, Rubric
-from reasonrun.question_files import Row, check_row, listed, read_json
+from reasonrun.question_files import Row, read_json
 from reasonrun.records import Record, digest
+from reasonrun.row_faults import check_row, listed, stated_once
 
 Layout = Literal["feedback", "biggen", "pairs", "prometheus_text", "items"]
 
@@ -115,14 +116,15 @@ def read_items(path: Path, layout: Layout | None, score_field: str) -> tuple[lis
         return [], [*faults, f"{rows[0].place}: {_no_layout(rows[0].fields)}"]
     gold = score_field or _score_field(rows, layout)
     items: list[JudgeItem | JudgePair] = []
+    of_rows: list[str] = []
     for row in rows:
         found: list[str] = []
         item = _READERS[layout](Fields(row.fields, found), gold)
-        faults += [f"{row.place}: {fault}" for fault in [*found, *_misspelt(row.fields, layout)]]
+        of_rows += [f"{row.place}: {fault}" for fault in [*found, *_misspelt(row.fields, layout)]]
         if not found:
             source = row.place.removeprefix(f"{path.parent}/")
             items.append(item.model_copy(update={"id": _id_of(item), "source": source}))
-    return items, faults
+    return items, faults + stated_once(of_rows, len(rows))
 
 
 def rubric_for_pairs(name: str, criteria: str, descriptions: Sequence[str], *, criteria_only: bool) -> Rubric:
@@ -170,12 +172,16 @@ def _layout_of(fields: Mapping[str, Any]) -> Layout | None:
     return best if shares[best] >= 0.5 else None
 
 
+def layouts() -> str:
+    """The layouts with the fields that each needs, a line each."""
+    notes = {"prometheus_text": " (a whole prompt that begins with '###Task Description:')"}
+    return "\n".join(f"  {layout}: {', '.join(names)}{notes.get(layout, '')}" for layout, names in NEEDED.items())
+
+
 def _no_layout(fields: Mapping[str, Any]) -> str:
-    lines = [f"  {layout}: {', '.join(names)}" for layout, names in NEEDED.items()]
-    lines[3] += " (a whole prompt that begins with '###Task Description:')"
     inner = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     advice = f"; write the list under {inner[0]!r} alone into the file" if len(inner) == 1 else ""
-    return "\n".join([f"the fields {listed(fields)} are those of no layout{advice}; the layouts need", *lines])
+    return f"the fields {listed(fields)} are those of no layout{advice}; the layouts need\n{layouts()}"
 
 
 def _score_field(rows: Sequence[Row], layout: Layout) -> str:
@@ -272,8 +278,8 @@ def _items(row: Fields, gold: str) -> JudgeItem:
             check_row(row.fields, {"score_descriptions": list})
             or f"field 'score_descriptions' must hold {HIGHEST} texts, it has {len(given or [])}"
         )
-    criteria = row.text("criteria")
-    rubric = Fields({**descriptions, "criteria": criteria or "-"}, row.faults).rubric("criteria", list(descriptions))
+    texts = {**descriptions, "criteria": row.text("criteria") or "-"}
+    rubric = Fields(texts, row.faults).rubric("criteria", list(descriptions))
     return JudgeItem(
         id="",
         instruction=row.text("instruction"),

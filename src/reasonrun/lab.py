@@ -43,6 +43,8 @@ class Lab:
         self._scopes: list[str] = []
         self._names: set[str] = set()
         self._problem_sets: dict[str, ProblemSet] = {}
+        self._whole: dict[str, list[Problem]] = {}  # by step, of which a rehearsal takes a few
+        self._has_room: set[tuple[Any, ...]] = set()
         self.evaluations: list[Evaluation] = []
         self.nominees: dict[str, Checkpoint] = {}
 
@@ -120,7 +122,7 @@ class Lab:
         problems = list(context.task.problems(split))
         if not problems:
             raise RecipeError(f"task {context.task.name}: split {split} is empty", hint="check the filters of task.*")
-        extent = Extent.of(len(problems))
+        extent, self._whole[name] = Extent.of(len(problems)), problems
         problems = problems[: context.max_problems]
         fingerprint = {
             "verb": "problems",
@@ -171,6 +173,8 @@ class Lab:
         """
         full = self._claim(name)
         problems = source if isinstance(source, ProblemSet) else source.problems
+        if self.is_rehearsal and source is problems and policy.tokenizer == self.base.tokenizer:
+            self.require_room(source, styles=[style], max_new_tokens=sampling.max_new_tokens)
         kind = "about" if prompt is not None else "turn" if turn is not None else "continuation"
         job = SampleJob(
             name=full,
@@ -196,16 +200,25 @@ class Lab:
         limit: int = 1 << 30,
     ) -> None:
         """Refuse answers, or conversations of several turns, that may exceed ``limit`` or the context, before anything is
-        sampled. Of many problems only those with the longest texts are rendered."""
-        context = self._context
+        sampled. Of many problems only those with the longest texts are rendered; a plan looks at all, too."""
+        key = (problems.step, problems.digest, problems.extent, tuple(styles), tuple(turns), max_new_tokens, limit)
+        if key in self._has_room or not len(problems):
+            return
+        context, every = self._context, self._real(problems)
         renderer, task = context.renderer, context.task
 
         def num_characters(asked: tuple[Problem, str]) -> int:
             return sum(len(message.content) for message in task.messages(*asked))
 
-        asked = heapq.nlargest(_LONGEST, ((p, style) for style in styles for p in problems), key=num_characters)
+        asked = heapq.nlargest(_LONGEST, ((p, style) for style in styles for p in every), key=num_characters)
         asks = (ask_in_style(p, task.messages(p, style), task.opening(style), renderer) for p, style in asked)
         require_room(asks, turns, max_new_tokens, min(limit, renderer.context_length), renderer)
+        self._has_room.add(key)
+
+    def _real(self, problems: ProblemSet) -> Sequence[Problem]:
+        """The problems that a real run has in the place of the few of a rehearsal, where they can be told."""
+        whole = self._whole.get(problems.step, [])[: round(problems.extent.expected)]
+        return whole if whole[: len(problems)] == list(problems) else problems.problems
 
     def fitting(self, model: Checkpoint, source: About, *, prompt: AskAbout, max_new_tokens: int) -> About:
         """The rollouts or prefixes whose questions fit into the context of ``model``; all when none does."""

@@ -8,23 +8,21 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from reasonrun.errors import RecipeError
 from reasonrun.file_kinds import kind_fault
+from reasonrun.row_faults import PLACE, check_row, stated_once
 
 MAX_LISTED_FAULTS = 200
-MAX_NAMES, MAX_NAME_CHARS = 30, 60
-MAX_TEXT_CHARS = 5_000_000  # no model reads so much; a file that lost its line ends or its quotes does
 _JSON_WORDS = {
     "Extra data": "something follows the object; a line holds one object and no comma behind it",
     "Unexpected UTF-8 BOM (decode using utf-8-sig)": "a byte order mark; two files were joined here",
     "Expecting property name enclosed in double quotes": "field names stand in double quotes, with no comma behind the last",
 }
-_PLACE = re.compile(r"(.*?): ?(?:item )?(\d+): ", re.DOTALL)
 _JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 _NO_CONSTANT = "%s is not JSON; write null or leave the field out"
 
@@ -63,7 +61,7 @@ def read_json_lines(path: Path, required: Mapping[str, type]) -> tuple[list[Row]
         except _Fault as fault_found:
             cut_off = number == len(lines) and "not valid JSON" in str(fault_found)
             faults.append(f"{place}: {fault_found}{'; the file ends here without a line end' if cut_off else ''}")
-    return rows, faults
+    return rows, stated_once(faults, len(rows) + len(faults))
 
 
 def read_json(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list[str]]:
@@ -93,29 +91,7 @@ def read_json(path: Path, required: Mapping[str, type]) -> tuple[list[Row], list
             rows.append(Row(f"{path}: item {number}", value))
     if not rows and not faults:
         faults.append(f"{path}:1: the array is empty")
-    return rows, faults
-
-
-def check_row(fields: Mapping[str, Any], required: Mapping[str, type]) -> str:
-    """What is wrong with the fields of one row; empty when nothing is."""
-    for name, kind in required.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, list(fields), n=1)
-            found = f"the row has {listed([repr(field) for field in fields])}"
-            return f"field {name!r} is missing; {f'did you mean to rename {near[0]!r}?' if near else found}"
-        value = fields[name]
-        if not isinstance(value, kind):
-            return f"field {name!r} must be {kind.__name__}, not {type(value).__name__}{_nested(kind, value)}"
-        if isinstance(value, str) and (fault := _text_fault(value)):
-            return f"field {name!r} {fault}"
-    return ""
-
-
-def listed(names: Collection[str]) -> str:
-    """The first few names in one line."""
-    shown = [name[:MAX_NAME_CHARS] for name in list(names)[:MAX_NAMES]]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return (", ".join(shown) or "none") + more
+    return rows, stated_once(faults, len(rows) + len(faults))
 
 
 def duplicates(places: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -141,7 +117,7 @@ def refuse(faults: Sequence[str], *, hint: str) -> NoReturn:
     files: dict[str, int] = {}
     keys = []
     for fault in faults:
-        found = _PLACE.match(fault)
+        found = PLACE.match(fault)
         name = found[1] if found else ""
         keys.append((files.setdefault(name, len(files)), int(found[2]) if found else 0))
     shown = [fault for _, fault in sorted(zip(keys, faults, strict=True), key=lambda pair: pair[0])][:MAX_LISTED_FAULTS]
@@ -164,7 +140,15 @@ def _content(path: Path) -> bytes:
             )
         return path.read_bytes()
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; {_neighbours(path)}", hint="correct the path in the recipe") from None
+        raise RecipeError(
+            f"{path}: no such file; {_neighbours(path)}", hint="correct the path, in the recipe or on the command line"
+        ) from None
+    except NotADirectoryError:
+        file = next(parent for parent in path.parents if parent.is_file())
+        raise RecipeError(
+            f"{path} cannot be read: {file} is a file, and a folder is needed there",
+            hint=f"task.path is the folder: {file.parent}",
+        ) from None
     except IsADirectoryError:
         raise RecipeError(
             f"{path} is a folder, not a file; {_neighbours(path / 'x')}", hint="name the file in the recipe"
@@ -262,25 +246,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise _Fault(f"field {repeated[0]!r} occurs twice")
     return fields
-
-
-def _nested(kind: type, value: Any) -> str:
-    """What to do with chat messages where one text belongs."""
-    first = value[0] if isinstance(value, list) and value else value
-    if kind is str and isinstance(first, dict):
-        return "; put in the text alone, such as the content of the one message"
-    return ""
-
-
-def _text_fault(text: str) -> str:
-    if len(text) > MAX_TEXT_CHARS:
-        return f"holds {len(text):,} characters, more than {MAX_TEXT_CHARS:,}; is a quote or a line end missing?"
-    if not text.strip():
-        return "is empty"
-    if "\0" in text:
-        return "holds a NUL character"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"holds a lone surrogate (\\u{ord(text[error.start]):04x}), half of a character"
-    return ""

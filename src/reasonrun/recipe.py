@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from reasonrun import plugins
 from reasonrun.errors import RecipeError
 from reasonrun.recipe_compose import Composition, compose
 from reasonrun.recipe_errors import Path as KeyPath
-from reasonrun.recipe_errors import RecipeProblems, from_pydantic
+from reasonrun.recipe_errors import Problem, RecipeProblems, from_pydantic, nearest
 from reasonrun.recipe_fields import (
     EvaluateSettings,
     ModelSettings,
@@ -31,7 +31,7 @@ from reasonrun.recipe_fields import (
     recipe_model,
 )
 from reasonrun.recipe_files import find_recipe, recipes_dir
-from reasonrun.recipe_fit import check_pair, construct, roles_of
+from reasonrun.recipe_fit import check_pair, choose_models, construct, roles_of
 from reasonrun.recipe_values import SECTIONS, expand_names, resolve, secrets, with_value, without
 from reasonrun.records import digest
 from reasonrun.settings import Effect, Settings
@@ -102,6 +102,7 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Res
     composition = compose(path, list(overrides), recipes_dir())
     if not composition.data:
         raise RecipeProblems(composition.problems)
+    choose_models(composition)
     for key_path in secrets(composition.data):
         composition.report(key_path, "this looks like a secret; put it into the environment: ${oc.env:NAME}")
     data, from_environment = resolve(composition.data, composition.report)
@@ -185,6 +186,10 @@ def _plugin(composition: Composition, path: KeyPath, kind: Any, given: Any) -> t
     if not isinstance(name, str) or not name:
         if not _reported(composition, (*path, "name")) and not _reported(composition, path):
             singular = kind.removesuffix("s")
+            misspelt = nearest("name", given) if isinstance(given, Mapping) else ""
+            if misspelt and "name" not in given:
+                composition.report((*path, misspelt), f"unknown key, and no {singular} is named", nearest="name")
+                return None, None
             what = "required key is missing" if given is None else f"names no {singular}"
             composition.report(path, f"{what}; write `{path[0]}: {{name: …}}`", allowed=plugins.names(kind))
         return None, None
@@ -214,8 +219,20 @@ def _validate(
             error.errors(include_url=False, include_context=True), model, data, composition.place, from_environment
         )
         known = {problem.path for problem in composition.problems}
-        composition.problems += [problem for problem in found if problem.path not in known]
+        composition.problems += [_with_owners(problem) for problem in found if problem.path not in known]
         return None
+
+
+def _with_owners(problem: Problem) -> Problem:
+    """An unknown key of a plug-in with the other plug-ins that have it: often only the name above it is another."""
+    section, _, inside = problem.path.partition(".")
+    kind: Any = SECTIONS.get(section)
+    if problem.message != "unknown key" or not kind or not inside:
+        return problem
+    settings = {name: plugins.settings_class(kind, name, plugins.find(kind, name)) for name in plugins.names(kind)}
+    owners = [name for name, cls in settings.items() if problem.path in dict(fields_of(cls, section))]
+    also = f"; it is a field of {', '.join(owners)}" if owners else ""
+    return replace(problem, message=problem.message + also)
 
 
 def _check_environment(

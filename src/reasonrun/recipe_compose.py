@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reasonrun.recipe_errors import COMMAND_LINE, Problem, nearest
+from reasonrun.recipe_errors import COMMAND_LINE, Problem, meant_model, nearest
 from reasonrun.recipe_errors import Path as KeyPath
 from reasonrun.recipe_source import Source, read
 from reasonrun.recipe_values import NOT_TEXT, SECTIONS, bad_interpolations, expand_names, without
@@ -69,6 +69,10 @@ class Composition:
                 is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style  # begins on another line
                 is_shorthand = isinstance(value, yaml.ScalarNode) and path[found:] == ("name",)
                 node = value if is_shorthand or (found == len(path) and not at_key and not is_block) else key
+        if path and depth < len(path):  # in no file: a key that only the command line goes through
+            for override in self.overrides:
+                if override.key[: len(path)] == path:
+                    return {"file": override.place}
         return best.place(node)
 
     def report(self, path: KeyPath, message: str, **more: Any) -> None:
@@ -250,7 +254,7 @@ def _group_choice(group: str, choice: str, files: _Files, problems: list[Problem
     choices = files.choices(group)
     if choice not in choices:
         where, message = f"{COMMAND_LINE}: {text}", f"{group} has no choice {choice!r}"
-        guess = nearest(choice, choices)
+        guess = meant_model(choice) if group == "model" and "/" in choice else nearest(choice, choices)
         problems.append(Problem(file=where, path=group, message=message, allowed=choices, nearest=guess))
         return None
     return Override(text=text, key=(group,), value=choice, for_hydra=(f"{group}={choice}",), group=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,13 @@ def nearest(word: str, options: Iterable[str], descriptions: dict[str, str] | No
     return ""
 
 
+def meant_model(named: str) -> str:
+    """The override that was meant by a folder, or a name on the Hub, in the place of a shipped model's name."""
+    repository = named.removeprefix("hub:")
+    on_hub = named != repository or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) and not os.path.exists(named))
+    return f"model.hub={repository}" if on_hub else f"model.path={named}"
+
+
 def from_pydantic(
     errors: Iterable[Any],
     model: type[BaseModel],
@@ -147,7 +155,7 @@ def _problem(
     if error["type"] == "extra_forbidden":
         parent = model_at(model, path[:-1])
         described = {name: info.description or "" for name, info in parent.model_fields.items()} if parent else {}
-        guess = nearest(str(path[-1]), described, described) or _deeper(parent, str(path[-1]))
+        guess = _deeper(parent, str(path[-1]), error["input"]) or nearest(str(path[-1]), described, described)
         dots = "; in a file, `a: {b: …}` is what the command line writes as a.b" if "." in str(path[-1]) else ""
         return Problem(path=dotted, message=f"unknown key{dots}", allowed=tuple(described), nearest=guess, **where)
     messages = list(dict.fromkeys(_message(error) for error in group))
@@ -177,13 +185,25 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models_in(argument)
 
 
-def _deeper(model: type[BaseModel] | None, key: str) -> str:
-    """``sft.lr`` for the key ``lr`` written one level too high."""
-    for name, info in model.model_fields.items() if model else ():
-        for inner in models_in(info.annotation):
-            if key in inner.model_fields:
-                return f"{name}.{key}"
+def _deeper(model: type[BaseModel] | None, key: str, given: Any) -> str:
+    """``sft.lr`` for the key ``lr`` written too high, ``method.sft.lr`` for ``sft`` that holds ``lr`` alone."""
+    waiting: list[tuple[tuple[str, ...], type[BaseModel]]] = [((), model)] if model else []
+    for path, group in waiting:  # grows while it is read: what is nearest comes first
+        for name, info in group.model_fields.items():
+            if name == key and path:
+                return ".".join([*path, key, *_only_keys(given, info.annotation)])
+            waiting += [((*path, name), inner) for inner in models_in(info.annotation)]
     return ""
+
+
+def _only_keys(given: Any, annotation: Any) -> Iterator[str]:
+    """The keys of groups that hold one key each, as far as there are such fields."""
+    group = next(models_in(annotation), None)
+    if isinstance(given, dict) and len(given) == 1 and group is not None:
+        ((key, value),) = given.items()
+        if key in group.model_fields:
+            yield key
+            yield from _only_keys(value, group.model_fields[key].annotation)
 
 
 def _plain_path(error: Any, data: Any) -> Path:

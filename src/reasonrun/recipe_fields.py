@@ -48,7 +48,7 @@ class ModelSettings(Settings):
             allowed = f"{', '.join(self.sources[:-1])} and {self.sources[-1]}"
             raise ValueError(
                 f"exactly one of {allowed} says where the model is; given: {', '.join(given) or 'none'}"
-                " (name=null takes a name back)"
+                " (null takes one back: model.name=null)"
             )
         if self.hub is None and (self.revision is not None or self.trust_remote_code_commit is not None):
             raise ValueError("revision and trust_remote_code_commit belong to a hub model")

@@ -90,7 +90,7 @@ LONG_LINES = {
         "not readable as JSON: a number of more than 4300 digits",
     ),
     "no JSON": (LONG + "\n", "not valid JSON: Expecting value, in column 1"),
-    "field name": (f'{{"{LONG}": 1}}\n', "field 'question' is missing; the row has 'xxxxx"),
+    "field name": (f'{{"{LONG}": 1}}\n', "fields 'question' and 'answer' are missing; the row has 'xxxxx"),
 }
 
 
@@ -121,7 +121,9 @@ def test_what_is_no_regular_file_is_refused_at_once() -> None:
     done = reasonrun(*[word.replace("{file}", "folder.jsonl") for word in ITEMS])
     assert_as_expected(Expected(exit_code=2, lines=["folder.jsonl is a folder, not a file", "name the file"]), done)
     done = reasonrun(*[word.replace("{file}", "fodler.jsonl") for word in ITEMS])
-    assert_as_expected(Expected(exit_code=2, lines=["fodler.jsonl: no such file; . has folder.jsonl"]), done)
+    assert_as_expected(
+        Expected(exit_code=2, lines=["fodler.jsonl: no such file; . has folder.jsonl", "command line"]), done
+    )
 
 
 @pytest.mark.parametrize("seed", range(40))

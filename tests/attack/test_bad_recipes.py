@@ -110,6 +110,7 @@ def test_many_nested_brackets_below_the_limit_do_not_stall() -> None:
     ("arguments", "says"),
     [
         (["check"], "Missing argument"),
+        (["recipes", "list"], "write `reasonrun recipes` for the list"),
         (["check", "smoke_star", "--nope"], "No such option: --nope"),
         (["chek", "smoke_star"], "No such command 'chek'"),
         (["eval", "arith", "--k", "many"], "Invalid value for '--k'"),

@@ -70,6 +70,23 @@ def test_a_wrong_path_is_replaced_by_what_is_there_and_the_same_command_goes_on(
     succeeds("train", "mine.yaml")
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_row_that_no_model_reads_is_named_by_the_plan_and_left_out(split: str) -> None:
+    path = Path(f"rows/{split}.jsonl")
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines] * (1 if split == "train" else 3)
+    rows = [{**row, "question": f"{row['question']} [{split} {number}]"} for number, row in enumerate(rows)]
+    long = {"question": "How many pens are " + "1 and " * 2000 + "1?", "answer": "#### 2001"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
+    write(RECIPE)
+    for command in ("plan", "train") if split == "train" else ("plan",):  # a run comes to its test at the end
+        message = refused(2, command, "mine.yaml")
+        found = re.search(rf"leave this row out: problem \w+ of {split}\.jsonl:(\d+); or use fewer", message)
+        assert found and int(found[1]) == len(rows) + 1, message
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    succeeds("plan", "mine.yaml")
+
+
 def test_a_prompt_that_is_too_long_fits_after_the_first_proposal() -> None:
     write(RECIPE.replace("max_new_tokens: 64\neval", "max_new_tokens: 700\neval"))
     message = refused(2, "train", "mine.yaml")

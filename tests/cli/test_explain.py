@@ -87,6 +87,7 @@ def test_keys_are_whole_paths_or_ends_of_them(key: str, paths: set[str]) -> None
     [
         ("method.ronds", "method.rounds"),
         ("sft.ler", "method.sft.lr"),
+        ("method.lr", "method.sft.lr"),
         ("launcher.shardng", "launcher.sharding"),
         ("learning_rate", "method.sft.lr"),
         ("models.judge.endpoint.ulr", "models.ROLE.endpoint.url"),
@@ -109,6 +110,25 @@ def test_a_section_lists_its_choices(tmp_path: Path) -> None:
     choices = json.loads(done.stdout)["choices"]
     assert set(choices) == set(plugins.names("engines")) and "engine.sleep_level" in choices["vllm"]
     assert "engine: vllm\n" in reasonrun_cli(tmp_path, "explain", "engine").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "heading", "name"),
+    [
+        (["models"], "models.ROLE", "endpoint"),
+        (["models.teacher"], "models.ROLE", "endpoint"),
+        (["model"], "model", "name, path, hub"),
+        (["star"], "method: star", "rationalize"),
+        (["hf"], "engine: hf", "prefill_tokens"),
+        (["engine.hf"], "engine: hf", "prefill_tokens"),
+        (["method.rounds=3"], "method.rounds of star", "at least 1"),
+        (["exit 4"], "exit 4: error", "--run NEW"),
+        (["exit", "4"], "exit 4: error", "--run NEW"),
+    ],
+)
+def test_what_is_asked_in_another_way_is_understood(tmp_path: Path, words: list[str], heading: str, name: str) -> None:
+    shown = reasonrun_cli(tmp_path, "explain", *words).stdout
+    assert heading in shown and name in shown.partition(heading)[2]
 
 
 def test_a_class_of_ones_own_is_explained_through_its_recipe(tmp_path: Path) -> None:
@@ -232,4 +252,13 @@ def test_override_keys_and_their_choices_are_completed(tmp_path: Path) -> None:
 
 def test_keys_to_explain_are_completed(tmp_path: Path) -> None:
     assert completed(tmp_path, "explain", "method.sft.warm") == ["method.sft.warmup_steps", "method.sft.warmup_ratio"]
-    assert completed(tmp_path, "explain", "eng") == ["engine"]
+    offered = completed(tmp_path, "explain", "eng")
+    assert offered[0] == "engine" and "engine.sleep_level" in offered  # a section alone would end the word
+    assert completed(tmp_path, "explain", "sft.warm") == ["sft.warmup_steps", "sft.warmup_ratio"]
+    assert completed(tmp_path, "explain", "self_r") == ["self_rationalize"]
+
+
+def test_tasks_to_measure_are_completed_with_what_they_can_be_told(tmp_path: Path) -> None:
+    assert completed(tmp_path, "eval", "j") == ["judge"]
+    assert completed(tmp_path, "eval", "judge", "task.score_f") == ["task.score_field="]
+    assert completed(tmp_path, "eval", "arith", "evaluate.greedy=") == ["evaluate.greedy=true", "evaluate.greedy=false"]

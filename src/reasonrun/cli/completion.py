@@ -28,7 +28,7 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
     """Keys of the recipe on the command line; behind ``key=``, the choices of a field that has them."""
     recipe = str(ctx.params.get("recipe") or ctx.params.get("recipes") or "").partition(",")[0]
     try:
-        fields = _fields(recipe)
+        fields = _fields(recipe) if recipe else _fields_of_task(str(ctx.params.get("task") or ""))
     except ReasonrunError:
         return []
     key, equals, value = incomplete.partition("=")
@@ -40,15 +40,29 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_key(incomplete: str) -> list[str]:
-    """Fields that can be explained: sections first, then what is in the section that is typed."""
+    """What can be explained: sections, plug-ins, the fields of the one section that is typed, and ends of fields."""
     from reasonrun.field_catalogue import section_fields, sections
 
     section, dot, _ = incomplete.partition(".")
+    known = [name for name in sections() if name.startswith(section)]
+    inside = known[0] if len(known) == 1 else section
+    if inside in sections():  # beside the section, or a shell would end the word there
+        paths = [f.path for f in section_fields(inside) if f.path.startswith(incomplete)]
+        return list(dict.fromkeys([*(known if not dot else ()), *paths]))
+    everything = [field for name in sections() for field in section_fields(name)]
     if not dot:
-        return [name for name in sections() if name.startswith(section)]
-    if section not in sections():
-        return []
-    return list(dict.fromkeys(f.path for f in section_fields(section) if f.path.startswith(incomplete)))
+        return list(
+            dict.fromkeys([*known, *(f.plugin for f in everything if f.plugin and f.plugin.startswith(section))])
+        )
+    ends = [f.path.find(f".{incomplete}") + 1 for f in everything]
+    return list(dict.fromkeys(f.path[end:] for f, end in zip(everything, ends, strict=True) if end))
+
+
+def complete_task(incomplete: str) -> list[str]:
+    """The tasks that come with the package."""
+    from reasonrun import plugins
+
+    return [name for name in plugins.names("tasks") if name.startswith(incomplete)]
 
 
 def _fields(recipe: str) -> dict[str, Any]:
@@ -61,6 +75,14 @@ def _fields(recipe: str) -> dict[str, Any]:
     return {
         path: field.info for path, field in load(recipe).fields.items() if not any(models_in(field.info.annotation))
     }
+
+
+def _fields_of_task(task: str) -> dict[str, Any]:
+    """What an evaluation of ``task`` can be told; not by loading its recipe, which may need a file first."""
+    from reasonrun.field_catalogue import section_fields
+
+    sections = ("task", "evaluate") if task else ()
+    return {f.path: f.field.info for name in sections for f in section_fields(name) if f.plugin in ("", task)}
 
 
 def _groups() -> dict[str, list[str]]:

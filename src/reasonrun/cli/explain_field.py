@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from reasonrun.cli.main import echo, print_json
-from reasonrun.field_catalogue import CatalogueField, Origin, matching, of_recipe, origin, section_fields, sections
+from reasonrun.field_catalogue import (
+    CatalogueField,
+    Origin,
+    group_of,
+    matching,
+    of_recipe,
+    origin,
+)
 from reasonrun.recipe_errors import models_in
 from reasonrun.recipe_schema import type_in_words, value_schema
 from reasonrun.settings import WHEN_CHANGED, Settings
@@ -22,8 +29,9 @@ def explain_field(key: str, overrides: list[str], recipe: str | None, *, as_json
     Raises:
         RecipeError: there is no such field, or the recipe has mistakes.
     """
-    if recipe is None and key in sections() and key not in {field.path for field in section_fields(key)}:
-        _list_section(key, as_json=as_json)
+    group = group_of(key) if recipe is None else None
+    if group is not None:
+        _list_group(key, *group, as_json=as_json)
         return
     if recipe is None:
         shown: list[tuple[CatalogueField, Origin | None]] = [(field, None) for field in matching(key)]
@@ -48,18 +56,18 @@ def _in_recipe(key: str, overrides: list[str], recipe: str) -> list[tuple[Catalo
     return [(field, origin(resolved, overrides, field.path)) for field in of_recipe(resolved, key)]
 
 
-def _list_section(section: str, *, as_json: bool) -> None:
-    """A section that is chosen by name: what can be chosen, and the fields of each."""
+def _list_group(key: str, path: str, fields: Sequence[CatalogueField], *, as_json: bool) -> None:
+    """A section that is chosen by name, or one choice: the fields of each."""
     by_plugin: dict[str, list[str]] = {}
-    for field in section_fields(section):
+    for field in fields:
         by_plugin.setdefault(field.plugin, []).append(field.path)
     if as_json:
-        print_json({"key": section, "choices": by_plugin})
+        print_json({"key": key, "choices": by_plugin})
         return
     for plugin, paths in by_plugin.items():
-        names = [path.partition(".")[2] for path in paths if path.count(".") == 1 and not path.endswith(".name")]
-        echo(f"{section}: {plugin}" if plugin else section)
-        for line in _wrapped(", ".join(names) or "no fields", "  "):
+        names = [name for inner in paths if "." not in (name := inner.removeprefix(f"{path}."))]
+        echo(f"{path}: {plugin}" if plugin else path)
+        for line in _wrapped(", ".join(name for name in names if not plugin or name != "name") or "no fields", "  "):
             echo(line)
 
 

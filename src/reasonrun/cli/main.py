@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from reasonrun import __version__
-from reasonrun.cli.completion import complete_key, complete_override, complete_recipe
+from reasonrun.cli.completion import complete_key, complete_override, complete_recipe, complete_task
 from reasonrun.errors import EXIT_CODES, ExitCode, ReasonrunError
 from reasonrun.report.printable import printable
 
@@ -182,7 +182,7 @@ def repair(
 
 @app.command(name="eval")
 def evaluate(
-    task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.")],
+    task: Annotated[str, typer.Argument(help="A task, such as arith or gsm8k.", autocompletion=complete_task)],
     overrides: Overrides = None,
     model: Annotated[str, typer.Option("--model", help="tiny, smollm2, a folder, or hub:owner/name.")] = "tiny",
     k: Annotated[int, typer.Option("--k", help="Samples per problem for pass@k and maj@k; 0 is greedy only.")] = 0,
@@ -234,7 +234,7 @@ def explain(
     key: Annotated[
         str | None,
         typer.Argument(
-            help="A field such as method.rounds or sft.lr, a section, or an exit code.", autocompletion=complete_key
+            help="A field such as sft.lr, a section, a plug-in, or an exit code.", autocompletion=complete_key
         ),
     ] = None,
     overrides: Annotated[

@@ -36,7 +36,8 @@ def recipes(action: str | None, name: str | None, destination: Path | None, *, a
         return
     if action != "copy" or name is None:
         raise RecipeError(
-            f"reasonrun recipes {action}: not understood", hint="write `reasonrun recipes copy NAME [DESTINATION]`"
+            f"reasonrun recipes {action}: not understood",
+            hint="write `reasonrun recipes` for the list, `reasonrun recipes copy NAME [DESTINATION]` for a copy",
         )
     target = copy_recipe(name, destination or Path())
     if as_json:

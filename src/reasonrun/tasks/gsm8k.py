@@ -20,8 +20,9 @@ from reasonrun.contracts import Grader, Task
 from reasonrun.errors import EnvironmentProblem, RecipeError
 from reasonrun.grading.answers import read_number, write_number
 from reasonrun.grading.number import NumberGrader
-from reasonrun.question_files import Row, check_row, duplicates, read_json_lines, refuse, same_file
+from reasonrun.question_files import Row, duplicates, read_json_lines, refuse, same_file
 from reasonrun.records import Message, Problem, digest
+from reasonrun.row_faults import check_row, stated_once
 from reasonrun.settings import Effect, setting
 from reasonrun.settings import Settings as SettingsBase
 
@@ -185,7 +186,9 @@ class Gsm8k(Task):
             )
             questions[split] = [(question_key(row), row.place) for row in split_rows]
             faults += duplicates(questions[split], "same question")
-            problems[split] = tuple(p for row in split_rows if (p := _problem(row, split, faults)) is not None)
+            found: list[str] = []
+            problems[split] = tuple(p for row in split_rows if (p := _problem(row, split, found)) is not None)
+            faults += stated_once(found, len(split_rows))
         in_train = dict(reversed(questions["train"]))
         faults += [
             f"{place}: this test question is also in train, as {in_train[key]}"
@@ -235,8 +238,7 @@ class Gsm8k(Task):
         config = self.config
         if not config.path and not config.train_path:
             return _read_hub(config.source, config.revision, split, faults)
-        given = config.train_path if split == "train" else config.test_path
-        path = f"{config.path}/{split}.jsonl" if config.path else given
+        path = f"{config.path}/{split}.jsonl" if config.path else getattr(config, f"{split}_path")
         if not path:
             return []
         rows, found = read_json_lines(Path(path).expanduser(), FIELDS)
@@ -261,7 +263,7 @@ def _read_hub(source: str, revision: str, split: str, faults: list[str]) -> list
         ) from error
     rows = [Row(f"{source}/{split}:{number}", dict(fields)) for number, fields in enumerate(table, start=1)]
     found = [(row, check_row(row.fields, FIELDS)) for row in rows]
-    faults += [f"{row.place}: {fault}" for row, fault in found if fault]
+    faults += stated_once([f"{row.place}: {fault}" for row, fault in found if fault], len(rows))
     return [row for row, fault in found if not fault]
 
 
@@ -284,7 +286,7 @@ def _problem(row: Row, split: str, faults: list[str]) -> Problem | None:
         split=split,
         messages=(Message(role="user", content=question),),
         reference=reference,
-        meta={"solution": solution, "num_steps": len(_STEP.findall(solution))},
+        meta={"solution": solution, "num_steps": len(_STEP.findall(solution)), "source": row.place.rpartition("/")[2]},
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from reasonrun.contracts import Grader, Task
 from reasonrun.errors import RecipeError
 from reasonrun.grading.judgement import HIGHEST, LOWEST, MARKER, Decision, JudgementGrader, JudgementSettings
-from reasonrun.judge_files import JudgeItem, JudgePair, Layout, read_items, rubric_for_pairs
+from reasonrun.judge_files import JudgeItem, JudgePair, Layout, layouts, read_items, rubric_for_pairs
 from reasonrun.judging import judging_section
 from reasonrun.prompts import judge as words
 from reasonrun.question_files import duplicates, refuse, same_file
@@ -248,10 +248,7 @@ class Judge(Task):
             if key in in_train
         ]
         if faults:
-            refuse(
-                faults,
-                hint="correct the rows, or remove copies; task.layout names the form of files whose fields do not tell it",
-            )
+            refuse(faults, hint=_hint(faults))
         return items
 
     def _file(self, split: str) -> Path:
@@ -332,3 +329,11 @@ def _written(gold: float) -> str:
 
 def _where(problem: Problem) -> str:
     return f"{problem.id} ({problem.meta['source']})"
+
+
+def _hint(faults: Sequence[str]) -> str:
+    hint = "correct the rows, or remove copies; task.layout names the form of files whose fields do not tell it"
+    if not any("is missing" in fault for fault in faults):
+        return hint
+    good = '{"instruction": "…", "response": "…", "criteria": "…", "score_descriptions": [five texts, for 1 to 5], "score": 4}'
+    return f"{hint}\n  a good row: {good}\n  the layouts need\n{layouts()}"
