@@ -191,10 +191,10 @@ FAULTS = (
     ),
     Fault(
         "G16",
-        "a model of the Hub is fetched again by every attempt",
+        "a model that is here is asked of the Hub first",
         "models.py",
-        "allow_patterns=patterns))",
-        "allow_patterns=patterns, force_download=True))",
+        "        return Path(snapshot_download(",
+        '        __import__("huggingface_hub").HfApi().model_info(str(hub))\n        return Path(snapshot_download(',
         "tests/attack/test_no_network.py",
     ),
     Fault(

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from reasonrun.report.comparison import Cost, PartComparison, RunComparison
-from reasonrun.report.printable import printable
 from reasonrun.report.run_record import RunRecord
 
 _COSTS = {
@@ -48,7 +47,7 @@ def describe_comparison(baseline: RunRecord, other: RunRecord, comparison: RunCo
 
 
 def _value(value: Any) -> str:
-    return printable(value if isinstance(value, str) else repr(value))
+    return value if isinstance(value, str) else repr(value)
 
 
 def _row(part: PartComparison) -> list[str]:

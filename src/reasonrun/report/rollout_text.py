@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 from reasonrun.records import Score
-from reasonrun.report.printable import printable
 from reasonrun.report.rollouts import NOT_GRADED, RolloutPage, ScoredRollout
 from reasonrun.report.run_record import RunRecord
 
@@ -19,7 +18,7 @@ def describe_rollout(shown: ScoredRollout, *, with_prompt: bool) -> list[str]:
     rollout, problem = shown.rollout, shown.problem
     where = shown.step if shown.round is None else f"round {shown.round}  {shown.step}"
     lines = [
-        f"{where}  problem {printable(rollout.problem_id)}  sample {rollout.index}"
+        f"{where}  problem {rollout.problem_id}  sample {rollout.index}"
         f"  {shown.num_tokens} tokens, {rollout.finish_reason}"
     ]
     if rollout.parent_id is not None:
@@ -39,7 +38,7 @@ def describe_rollout(shown: ScoredRollout, *, with_prompt: bool) -> list[str]:
 
 
 def _block(name: str, text: str) -> list[str]:
-    first, *rest = printable(text).split("\n")
+    first, *rest = text.split("\n")
     return [f"  {name:{_INDENT}}{first}".rstrip(), *(f"  {'':{_INDENT}}{line}".rstrip() for line in rest)]
 
 
@@ -101,7 +100,7 @@ def _notes(run: RunRecord, page: RolloutPage) -> list[str]:
 
 
 def _counts(verdicts: Counter[str]) -> str:
-    return ", ".join(f"{printable(reason)} {count}" for reason, count in verdicts.most_common())
+    return ", ".join(f"{reason} {count}" for reason, count in verdicts.most_common())
 
 
 def page_document(run: RunRecord, page: RolloutPage, *, with_prompt: bool) -> dict[str, Any]:
