@@ -324,10 +324,11 @@ def _failure(copy: Path, tests: str) -> str:
     done = subprocess.run(command, shell=True, cwd=copy, env=env, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) ([^\[\n]+?)(?:\[| - |$)", done.stdout, flags=re.MULTILINE)
     if done.returncode != 1 or not found:
         sys.exit(f"{command}\n{done.stdout}{done.stderr}")
-    return f"`{found[1].removeprefix('tests/')}`"
+    file, _, test = found[1].removeprefix("tests/").partition("::")
+    return f"`{file}`: {test.removeprefix('test_').replace('_', ' ')}"
 
 
 if __name__ == "__main__":

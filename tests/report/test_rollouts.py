@@ -16,6 +16,7 @@ from reasonrun.errors import RecipeError, RunFailed
 from reasonrun.ledger.catalogue import read_lines
 from reasonrun.ledger.run_dir import RunDir
 from reasonrun.records import Score
+from reasonrun.report.printable import printable
 from reasonrun.report.rollout_text import describe_page, describe_rollout
 from reasonrun.report.rollouts import RolloutFilters, RolloutPage, choose_steps, find_problem, read_rollouts
 from reasonrun.report.run_record import open_run
@@ -63,7 +64,7 @@ def test_filters(handmade: Path, filters: dict[str, object], expected: list[str]
 
 def test_a_rollout_as_text(handmade: Path) -> None:
     first, second, _, last = page_of(handmade).shown
-    assert describe_rollout(first, with_prompt=True) == [
+    assert [printable(line) for line in describe_rollout(first, with_prompt=True)] == [
         "round 1  round-001/sample  problem aa11  sample 0  5 tokens, stop",
         "  question    What is 3 + 4?",
         "  prompt      system: Think.",
