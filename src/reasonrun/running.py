@@ -117,7 +117,8 @@ def _tracking(context: Context, recipe: ResolvedRecipe) -> Iterator[None]:
 def inputs(recipe: ResolvedRecipe) -> tuple[Task, Checkpoint]:
     """Task and base, with every problem read: what is missing at the end is said at the beginning."""
     task, base = recipe.classes["task"](recipe.task), resolve(recipe.model)
-    for split in ("train", "dev", "test") if recipe.classes["method"].trains else [recipe.method.split]:
+    measured = getattr(recipe.method, "split", None)  # of a method that trains nothing
+    for split in ("train", "dev", "test") if recipe.classes["method"].trains else filter(None, [measured]):
         task.problems(split)
     return task, base
 
