@@ -41,11 +41,14 @@ def test_two_hundred_random_kills_leave_the_bytes_of_an_undisturbed_run(counted:
 
 @pytest.mark.parametrize("recipe", ["star_arith", "score_arith"])
 def test_kills_in_each_stage_leave_weights_and_rows_of_an_undisturbed_run(recipe: str, counted: Counted) -> None:
-    """The Hugging Face engine and the real trainers; the script fails when a stage was never hit."""
-    script = begin("kill_stages.py", recipe)
-    out, err = script.communicate()
-    assert script.returncode == 0, out + err
-    told = json.loads(out.splitlines()[-1])
-    assert told["equal"] and all(told["hit"].values()) and told["weights"]
+    """The Hugging Face engine and the real trainers. A stage that was over before it was hit is tried again."""
+    for _ in range(3):
+        out, err = begin("kill_stages.py", recipe).communicate()
+        assert out, err
+        told = json.loads(out.splitlines()[-1])
+        assert told["equal"] and told["weights"], out + err
+        if all(told["hit"].values()):
+            break
+    assert all(told["hit"].values()), told["hit"]
     for promise in ("G1", "G2"):
         counted(promise, "kills with torch", len(told["hit"]))
