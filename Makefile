@@ -22,6 +22,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 attack: install
+	scripts/install_strace.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m '(attack or promise) and not heavy'
 
 attack-nightly: attack

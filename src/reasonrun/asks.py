@@ -167,19 +167,20 @@ def require_room(
     whole = f"a conversation of {1 + len(turns)} turns" if turns else "an answer with its prompt"
     allowed = " and the trainer's max_length allow" if turns else " holds"
     hint = f"lower max_new_tokens to {room}, " if room > 0 else ""
-    hopeless = {asked.id: _named(asked) for length, asked in lengths if length + between >= limit}
+    hopeless = {asked.id: named(asked) for length, asked in lengths if length + between >= limit}
     if 0 < len(hopeless) < len({asked.id for _, asked in lengths}):  # shorter answers help the others, never these
         listed = ", ".join(list(hopeless.values())[:_MAX_NAMED]) + (" …" if len(hopeless) > _MAX_NAMED else "")
         hint = f"leave {'this row' if len(hopeless) == 1 else f'these {len(hopeless)} rows'} out: {listed}; or "
     raise RecipeError(
-        f"{whole} may need {needed} tokens: the longest prompt ({_named(problem)}) has {longest},"
+        f"{whole} may need {needed} tokens: the longest prompt ({named(problem)}) has {longest},"
         f" {'each turn' if turns else 'the answer'} up to {max_new_tokens}. The model's context"
         f"{allowed} {limit}",
         hint=f"{hint}{'raise max_length, ' if turns else 'use fewer demonstrations, '}or take a model with a longer context",
     )
 
 
-def _named(problem: Problem) -> str:
+def named(problem: Problem) -> str:
+    """A problem as messages name it: its id, and the file and line that it comes from, where it has one."""
     source = problem.meta.get("source", "")
     return f"problem {problem.id}{f' of {source}' if source else ''}"
 

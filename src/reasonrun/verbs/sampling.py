@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reasonrun.asks import Ask, Asking, logged
+from reasonrun.asks import Ask, Asking, logged, named
 from reasonrun.errors import RecipeError
 from reasonrun.generation import Request
 from reasonrun.ledger.steps import Committed, OpenStep
@@ -136,10 +136,8 @@ def _check_context(ctx: Context, job: SampleJob) -> None:
     if room <= 0:
         hint = "take a model with a longer context, or leave this problem out: no answer fits after its prompt"
     num_over = sum(len(ask.all_ids) + job.sampling.max_new_tokens > limit for ask in job.asks)
-    source = longest.problem.meta.get("source", "")
-    item = f"problem {longest.problem.id}{f' of {source}' if source else ''}"
     raise RecipeError(
-        f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest ({item})"
+        f"step {job.name}: {num_over} of {len(job.asks)} prompts do not fit. The longest ({named(longest.problem)})"
         f"{whole} has {len(longest.all_ids)} tokens and max_new_tokens is {job.sampling.max_new_tokens}: {needed} tokens, the"
         f" model's context holds {limit}",
         hint=hint,
