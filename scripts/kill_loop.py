@@ -4,9 +4,9 @@
     python scripts/kill_loop.py --only 0:17              # the moments of one run once more
 
 The supervisor runs the recipe on the scripted engine in a forked child, which is killed with SIGKILL after a random
-time: its whole process group, the supervisor alone, or a child of it where it has one. One kill in five comes while the
-attempt is still recovering. Then the same run continues in the next child. Every run has a seed of its own, printed when
-it differs. Prints one JSON line; exits 1 when a byte differs.
+time: its whole process group, or the supervisor alone. One kill in five comes while the attempt is still recovering.
+Such a run has no child processes; tests/workers/test_random_kills.py kills those. Then the same run continues in the next
+child. Every run has a seed of its own, printed when it differs. Prints one JSON line; exits 1 when a byte differs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from reasonrun.cli.progress import SilentProgress
 from reasonrun.recipe import load
@@ -111,26 +109,19 @@ def kill_until_done(
         pid = start(directory)
         if tally.kills.total() < num_kills and time.monotonic() < deadline:
             is_early = directory.exists() and rng.random() < 0.2
-            how = rng.choice(["group", "supervisor", "child"])
+            how = rng.choice(["group", "supervisor"])
             time.sleep(rng.uniform(0.0, whole / 40 if is_early else whole / 4))
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                how = kill(pid, how)
-                if how != "child":
-                    os.waitpid(pid, 0)
-                    tally.kills[f"{how}, recovering" if is_early else how] += 1
-                    continue
-                tally.kills[how] += 1
-            else:
+            if os.waitpid(pid, os.WNOHANG)[0] != 0:
                 return ""
+            how = kill(pid, how)
+            os.waitpid(pid, 0)
+            tally.kills[f"{how}, recovering" if is_early else how] += 1
+            continue
         return "" if os.waitpid(pid, 0)[1] == 0 else "the run failed by itself"
 
 
 def kill(pid: int, how: str) -> str:
-    """Kill a supervisor's group, the supervisor alone, or one of its children; what was killed."""
-    children = psutil.Process(pid).children(recursive=True) if how == "child" else []
-    if children:
-        children[0].kill()
-        return "child"
+    """Kill a supervisor's group, or the supervisor alone where it leads none yet; what was killed."""
     is_leader = os.getpgid(pid) == pid
     os.killpg(pid, signal.SIGKILL) if how == "group" and is_leader else os.kill(pid, signal.SIGKILL)
     return "group" if how == "group" and is_leader else "supervisor"
